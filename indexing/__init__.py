@@ -1,0 +1,1 @@
+"""Unit vectors in, a searchable FAISS index out (numpy and faiss only)."""

@@ -1,0 +1,424 @@
+"""Reads a catalog: finds its files, checks their schemas, and yields product images as rows.
+
+A *unit* is a slice of a row group, the piece of work of one task. An *item* is one (product,
+image); a product without an image is one item too.
+"""
+
+import os
+import re
+import string
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import unquote
+
+import fsspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from jobs.config import CatalogConfig
+from jobs.errors import CatalogError
+from jobs.schemas import hash63, vector_id
+
+IMAGE_COLUMNS = ("image_uri", "image")
+VERSION_COLUMNS = ("image_version", "updated_at")
+MIN_UNIT_ROWS = 256
+READ_ROWS = 256
+
+PLAN_DTYPE = np.dtype(
+    [("vector_id", "<i8"), ("content_hash", "<i8"), ("product", "<i8"), ("image_number", "<i4")]
+)
+"""What the diff keeps of an item: 28 bytes. `product` is the hash of the product's id."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A slice of one row group: rows [start, stop) of it."""
+
+    file: str
+    row_group: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Catalog:
+    """A catalog whose files and schema were found good.
+
+    Attributes:
+        root: The folder that relative image URIs start from.
+        files: All Parquet files, sorted.
+        rows: Products in all files.
+        columns: Our name to the physical column, for what is read: product_id, image (or none),
+            image_version (or none) and each name of the text template.
+        metadata: Physical columns that ride along.
+        partitions: Hive partition columns; their values are in the file's path.
+        has_bytes: Whether images are stored in the catalog itself.
+    """
+
+    root: str
+    files: tuple[str, ...]
+    rows: int
+    units: tuple[Unit, ...] = field(repr=False)
+    columns: Mapping[str, str]
+    metadata: tuple[str, ...]
+    partitions: tuple[str, ...]
+    has_bytes: bool
+    text: str
+    max_text_chars: int
+
+
+def read_catalog(config: CatalogConfig, *, need_images: bool, need_text: bool) -> Catalog:
+    """Find the catalog's files and check that each has what the configuration names.
+
+    Args:
+        config: The catalog section.
+        need_images: Whether an image column must exist.
+        need_text: Whether the columns of the text template must exist.
+
+    Raises:
+        CatalogError: The path is missing or empty, or columns are missing or of a wrong type; all
+            faults at once, each with its file.
+    """
+    filesystem, files = _list_files(config.path)
+    faults: list[str] = []
+    units: list[Unit] = []
+    found: dict[str, Any] | None = None
+    for file in files:
+        try:
+            with filesystem.open(file, "rb") as handle:
+                parquet = pq.ParquetFile(handle)
+                schema, metadata = parquet.schema_arrow, parquet.metadata
+        except (pa.ArrowInvalid, OSError) as error:
+            faults.append(f"{file}: no readable Parquet file: {str(error).splitlines()[0]}")
+            continue
+        partitions = tuple(_partition_values(file))
+        resolved = _resolve(schema, partitions, config, need_images, need_text)
+        faults += [f"{file}: {fault}" for fault in resolved["faults"]]
+        found = found or resolved
+        if not resolved["faults"] and resolved["columns"] != found["columns"]:
+            faults.append(f"{file}: columns {resolved['columns']} differ from {found['columns']}")
+        units += _units(file, metadata, resolved["has_bytes"])
+    if faults:
+        raise CatalogError(faults)
+    rows = sum(unit.stop - unit.start for unit in units)
+    if found is None or rows == 0:
+        raise CatalogError(f"catalog {config.path} is empty: {len(files)} files, 0 rows")
+    return Catalog(
+        root=_root(config.path, filesystem),
+        files=tuple(files),
+        rows=rows,
+        units=tuple(units),
+        columns=found["columns"],
+        metadata=found["metadata"],
+        partitions=found["partitions"],
+        has_bytes=found["has_bytes"],
+        text=config.text,
+        max_text_chars=config.max_text_chars,
+    )
+
+
+def _list_files(path: str) -> tuple[fsspec.AbstractFileSystem, list[str]]:
+    try:
+        filesystem, root = fsspec.core.url_to_fs(path)
+        if any(mark in path for mark in "*?["):
+            files = [f for f in filesystem.glob(root) if not filesystem.isdir(f)]
+        elif filesystem.isdir(root):
+            files = filesystem.glob(f"{root.rstrip('/')}/**/*.parquet")
+        elif filesystem.isfile(root):
+            files = [root]
+        else:
+            raise CatalogError(f"catalog {path} does not exist")
+    except (OSError, ValueError, ImportError) as error:
+        raise CatalogError(f"catalog {path} can't be listed: {error}") from error
+    hidden = re.compile(r"(^|/)[._]")  # _delta_log, _SUCCESS, .crc: the writers' own files
+    base = len(re.split(r"[*?\[]", root)[0])
+    files = sorted(f for f in files if f == root or not hidden.search(f[base:]))
+    if not files:
+        raise CatalogError(f"catalog {path} is empty: no Parquet file found")
+    return filesystem, files
+
+
+def _root(path: str, filesystem: fsspec.AbstractFileSystem) -> str:
+    """Return the folder that relative image URIs start from, with its protocol."""
+    base = re.split(r"[*?\[]", path)[0]
+    is_folder = base == path and filesystem.isdir(filesystem._strip_protocol(path))
+    if not is_folder:
+        base = base.rpartition("/")[0] or "."
+    if filesystem.protocol in ("file", "local") or "file" in filesystem.protocol:
+        return os.path.abspath(filesystem._strip_protocol(base))  # tasks run in other folders
+    return base.rstrip("/")
+
+
+def _partition_values(file: str) -> dict[str, str]:
+    parts = (part.partition("=") for part in file.split("/")[:-1])
+    return {key: unquote(value) for key, mark, value in parts if mark and key}
+
+
+def template_names(template: str) -> list[str]:
+    """List the column names of a text template.
+
+    Raises:
+        CatalogError: The template is malformed or names no column.
+    """
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise CatalogError(f"catalog.text {template!r} is malformed: {error}") from error
+    if not names or not all(name.isidentifier() for name in names):
+        raise CatalogError(f"catalog.text {template!r}: expected column names as in '{{title}}'")
+    return list(dict.fromkeys(names))
+
+
+def _resolve(
+    schema: pa.Schema,
+    partitions: tuple[str, ...],
+    config: CatalogConfig,
+    need_images: bool,
+    need_text: bool,
+) -> dict[str, Any]:
+    """Map our names to one file's columns, and list what is wrong with it."""
+    faults: list[str] = []
+    columns: dict[str, str] = {}
+
+    def take(name: str, *, required: bool, accepts: str) -> None:
+        physical = config.columns.get(name, name)
+        if physical in schema.names:
+            if _kind(schema.field(physical).type) not in accepts.split("/"):
+                kind = schema.field(physical).type
+                faults.append(f"column {physical!r} is {kind}, expected {accepts}")
+            columns[name] = physical
+        elif physical in partitions and "string" in accepts.split("/"):
+            columns[name] = physical
+        elif required or name in config.columns:
+            faults.append(f"column {physical!r} is missing; it has {', '.join(schema.names)}")
+
+    take("product_id", required=True, accepts="string")
+    image_name = next(
+        (n for n in IMAGE_COLUMNS if n in config.columns or n in schema.names), IMAGE_COLUMNS[0]
+    )
+    if need_images:
+        take(image_name, required=True, accepts="string/bytes/struct/list of images")
+        if image_name in columns:
+            columns["image"] = columns.pop(image_name)
+        for name in VERSION_COLUMNS:
+            take(name, required=False, accepts="string/number/time")
+    for name in template_names(config.text) if need_text else ():
+        take(name, required=True, accepts="string/number/list of strings")
+    unknown = [name for name in config.columns.values() if name not in (*schema.names, *partitions)]
+    faults += [
+        f"column {name!r} (catalog.columns) is missing; it has {', '.join(schema.names)}"
+        for name in unknown
+        if not any(repr(name) in fault for fault in faults)
+    ]
+    kind = _kind(schema.field(columns["image"]).type) if "image" in columns else ""
+    has_bytes = kind in ("bytes", "struct") or (
+        kind == "list of images"
+        and _kind(schema.field(columns["image"]).type.value_type) in ("bytes", "struct")
+    )
+    image = {columns["image"]} if has_bytes else set()
+    binary = {f.name for f in schema if _kind(f.type) in ("bytes", "struct", "other")}
+    metadata = tuple(n for n in (*schema.names, *partitions) if n not in image | binary)
+    return {
+        "faults": faults,
+        "columns": columns,
+        "metadata": metadata,
+        "partitions": tuple(p for p in partitions if p not in schema.names),
+        "has_bytes": has_bytes,
+    }
+
+
+def _kind(type_: pa.DataType) -> str:
+    """Name a column type as the error messages do."""
+    types = pa.types
+    if types.is_dictionary(type_):
+        return _kind(type_.value_type)
+    if types.is_string(type_) or types.is_large_string(type_):
+        return "string"
+    if types.is_binary(type_) or types.is_large_binary(type_):
+        return "bytes"
+    if types.is_struct(type_) and {"bytes", "path"} <= {f.name for f in type_}:
+        return "struct"
+    if types.is_list(type_) or types.is_large_list(type_):
+        inner = _kind(type_.value_type)
+        return "list of images" if inner in ("string", "bytes", "struct") else "other"
+    if types.is_integer(type_) or types.is_floating(type_) or types.is_decimal(type_):
+        return "number"
+    if types.is_boolean(type_):
+        return "number"
+    if types.is_timestamp(type_) or types.is_date(type_):
+        return "time"
+    return "other"
+
+
+def _units(file: str, metadata: pq.FileMetaData, has_bytes: bool) -> Iterator[Unit]:
+    # A slice is found by decoding what lies before it: few slices where rows are heavy.
+    most = 8 if has_bytes else 64
+    for group in range(metadata.num_row_groups):
+        rows = metadata.row_group(group).num_rows
+        step = max(MIN_UNIT_ROWS, -(-rows // most))
+        for start in range(0, rows, step):
+            yield Unit(file, group, start, min(rows, start + step))
+
+
+def read_unit(catalog: Catalog, unit: Unit, physical: list[str]) -> Iterator[tuple[int, pa.Table]]:
+    """Yield a unit's rows in small tables of at most `READ_ROWS` rows.
+
+    Args:
+        catalog: The checked catalog.
+        unit: What to read.
+        physical: Columns of the file or of its partition path.
+
+    Yields:
+        (number of the first row in its row group, table).
+    """
+    values = _partition_values(unit.file)
+    stored = [name for name in physical if name not in catalog.partitions]
+    filesystem = fsspec.core.url_to_fs(catalog.root)[0]
+    with filesystem.open(unit.file, "rb") as handle:
+        parquet = pq.ParquetFile(handle)
+        position = 0
+        for batch in parquet.iter_batches(READ_ROWS, row_groups=[unit.row_group], columns=stored):
+            first, position = position, position + batch.num_rows
+            if position <= unit.start:
+                continue
+            if first >= unit.stop:
+                return
+            low, high = max(first, unit.start), min(position, unit.stop)
+            table = pa.Table.from_batches([batch.slice(low - first, high - low)])
+            for name in set(physical) & set(catalog.partitions):
+                table = table.append_column(name, pa.array([values[name]] * table.num_rows))
+            yield low, table
+
+
+@dataclass(frozen=True)
+class Item:
+    """One (product, image) of the catalog: what is embedded as one row.
+
+    Attributes:
+        image: A URI, the encoded bytes, or None where the catalog has nothing.
+        text: The filled template; its length is not yet checked.
+    """
+
+    product_id: str
+    image_number: int
+    vector_id: int
+    content_hash: int
+    image: str | bytes | None = field(repr=False)
+    text: str = field(repr=False)
+
+    @property
+    def image_uri(self) -> str | None:
+        """The image's address, if it has one."""
+        return self.image if isinstance(self.image, str) else None
+
+
+def read_items(catalog: Catalog, unit: Unit, recipe: str) -> Iterator[list[Item]]:
+    """Yield a unit's items, in lists of some `READ_ROWS` products.
+
+    Args:
+        catalog: The checked catalog.
+        unit: What to read.
+        recipe: Names what is made of the content (fields, fusion weight); part of each
+            `content_hash`, so that another recipe embeds again.
+
+    Raises:
+        CatalogError: A product id is null or empty; the row is named.
+    """
+    physical = list(dict.fromkeys(catalog.columns.values()))
+    for first, table in read_unit(catalog, unit, physical):
+        items: list[Item] = []
+        columns = {ours: table[name].to_pylist() for ours, name in catalog.columns.items()}
+        for row in range(table.num_rows):
+            values = {ours: column[row] for ours, column in columns.items()}
+            if not values["product_id"]:
+                raise CatalogError(
+                    f"{unit.file}: row {first + row} of row group {unit.row_group} "
+                    f"has {'a null' if values['product_id'] is None else 'an empty'} product id"
+                )
+            items += _product_items(catalog, values, recipe)
+        yield items
+
+
+def _product_items(catalog: Catalog, values: dict[str, Any], recipe: str) -> Iterator[Item]:
+    names = template_names(catalog.text) if catalog.text else []
+    text = fill_template(catalog.text, {n: values.get(n) for n in names}) if names else ""
+    image = values.get("image")
+    images = list(image) if isinstance(image, list) else [image]
+    version = "|".join(str(values.get(name)) for name in VERSION_COLUMNS)
+    product_id = values["product_id"]
+    for number, one in enumerate(images or [None]):
+        if isinstance(one, dict):
+            one = one["bytes"] if one["bytes"] is not None else one["path"]
+        content = one.encode("utf-8", "replace") if isinstance(one, str) else (one or b"")
+        parts = (recipe.encode(), content, version.encode(), text.encode("utf-8", "replace"))
+        yield Item(
+            product_id=product_id,
+            image_number=number,
+            vector_id=vector_id(product_id, number),
+            content_hash=hash63(parts),
+            image=one,
+            text=text,
+        )
+
+
+def fill_template(template: str, values: dict[str, Any]) -> str:
+    """Fill a template; empty if all its columns are, whatever stands between them."""
+    texts = {name: _text(value) for name, value in values.items()}
+    if not any(texts.values()):
+        return ""
+    return template.format_map(texts).strip()
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return ", ".join(_text(v) for v in value)
+    return str(value).strip()
+
+
+def scan_unit(catalog: Catalog, unit: Unit, recipe: str) -> npt.NDArray[np.void]:
+    """Return what the diff needs of a unit's items.
+
+    Returns:
+        (N,) records of `PLAN_DTYPE`.
+    """
+    rows = [
+        (item.vector_id, item.content_hash, hash63((item.product_id.encode("utf-8", "replace"),)),
+         item.image_number)
+        for items in read_items(catalog, unit, recipe)
+        for item in items
+    ]
+    return np.array(rows, dtype=PLAN_DTYPE)
+
+
+def check_unique(catalog: Catalog, plan: npt.NDArray[np.void]) -> None:
+    """Check that no two items share a vector id.
+
+    Args:
+        catalog: The catalog, read again only to name duplicates.
+        plan: (N,) records of `PLAN_DTYPE`, sorted by vector_id.
+
+    Raises:
+        CatalogError: A product id occurs twice (the ids are named), or two ids collide.
+    """
+    ids = plan["vector_id"]
+    twice = np.unique(ids[1:][ids[1:] == ids[:-1]])
+    if twice.size == 0:
+        return
+    physical = catalog.columns["product_id"]
+    wanted, counts = set(twice.tolist()), {}  # type: set[int], dict[str, int]
+    for unit in catalog.units:
+        for _, table in read_unit(catalog, unit, [physical]):
+            for value in pc.drop_null(table[physical]).to_pylist():
+                if vector_id(value, 0) in wanted:
+                    counts[value] = counts.get(value, 0) + 1
+    names = sorted(name for name, count in counts.items() if count > 1)
+    if not names:
+        raise CatalogError(f"the hashes of two product images collide: {sorted(counts)[:5]}")
+    shown = ", ".join(repr(n) for n in names[:10]) + (", …" if len(names) > 10 else "")
+    raise CatalogError(f"{len(names)} product ids occur more than once: {shown}")

@@ -1,0 +1,196 @@
+"""The command line: `vitrine COMMAND --config FILE [--set section.key=value …]`.
+
+Exit status: 0 done, 1 an expected error in one line, 2 usage.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jobs import __version__, check_installation
+from jobs.config import JobConfig, read_config
+from jobs.errors import JobError
+from jobs.progress import Progress
+
+app = typer.Typer(
+    name="vitrine",
+    help="Embed a product catalog, build and publish its search indexes.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The YAML configuration.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override one key: section.key=value. Repeatable."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vitrine {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Embed a product catalog, build and publish its search indexes."""
+
+
+@app.command(epilog="Example: vitrine refresh --config jobs/configs/grocery.yaml")
+def refresh(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Embed what changed in the catalog, build the indexes, publish if quality holds."""
+    from jobs.refresh import refresh as run
+
+    result = run(_config(config, overrides), Progress(quiet=quiet))
+    if as_json:
+        _print_json(asdict(result))
+        return
+    typer.echo(
+        f"release {result.release} published: {result.products:,} products, "
+        f"{result.rows:,} rows in = {result.live:,} live + {result.rejected:,} rejected\n"
+        f"new {result.new:,}, changed {result.changed:,}, removed {result.removed:,}, "
+        f"unchanged {result.unchanged:,}; embedded {result.embedded:,}\n"
+        f"report: {result.report}"
+    )
+
+
+@app.command(epilog="Example: vitrine status --config jobs/configs/grocery.yaml --json")
+def status(config: ConfigOption, overrides: SetOption = None, as_json: JsonOption = False) -> None:
+    """Show the releases of a store, newest first."""
+    from jobs.store import Store
+
+    releases = [asdict(release) for release in Store(_config(config, overrides).store).releases()]
+    if as_json:
+        _print_json({"releases": releases})
+        return
+    if not releases:
+        typer.echo("no release yet: run `vitrine refresh`")
+        return
+    table = Table("release", "created", "products", "rows in", "live", "rejected", "intersection@10")
+    for row in releases:
+        figures = [
+            f"{name} {value['intersection_at_10']:.3f}"
+            for name, value in row["quality"].items()
+            if "intersection_at_10" in value
+        ]
+        counts = [f"{row[name]:,}" for name in ("products", "rows", "vectors", "rejected")]
+        table.add_row(str(row["version"]), row["created_at"], *counts, ", ".join(figures))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@app.command(epilog="Example: vitrine search --config FILE --image photo.jpg --text 'in blue'")
+def search(
+    config: ConfigOption,
+    image: Annotated[Path | None, typer.Option("--image", "-i", help="A photo.")] = None,
+    text: Annotated[str | None, typer.Option("--text", "-t", help="Words.")] = None,
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Most products.")] = 10,
+    field: Annotated[
+        str | None, typer.Option("--field", help="image, text or multimodal; else the first.")
+    ] = None,
+    release: Annotated[
+        int | None, typer.Option("--release", help="A release's version; else the newest.")
+    ] = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find products by a photo, words, or both, in a published release."""
+    from jobs.search import Searcher, result_rows
+    from jobs.store import Store
+
+    if image is None and text is None:
+        raise typer.BadParameter("give --image, --text, or both")
+    job = _config(config, overrides)
+    store = Store(job.store)
+    found = store.release(release)
+    searcher = Searcher(store, found.indexes, images=job.images, encoder=found.encoder)
+    results = searcher.search(image=image, text=text, k=k, field=field)
+    if as_json:
+        _print_json({"release": found.version, "results": result_rows(results)})
+        return
+    table = Table("score", "product", "metadata", title=f"release {found.version}")
+    for one in results:
+        shown = ", ".join(f"{n}: {str(v)[:60]}" for n, v in one.metadata.items() if v is not None)
+        table.add_row(f"{one.score:.4f}", one.product_id, shown)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@app.command(epilog="Example: vitrine sample sample-catalog --products 1000 --seed 0")
+def sample(
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="A new folder.")],
+    products: Annotated[int, typer.Option("--products", min=1, help="How many.")] = 1000,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed, another catalog.")] = 0,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Render a sample catalog with pictures, training pairs and labelled queries."""
+    from jobs.sample import write_sample
+
+    with Progress(quiet=quiet).count(products, "products") as shown:
+        try:
+            summary = write_sample(
+                destination, products=products, seed=seed, progress=shown.update
+            )
+        except (ValueError, OSError) as error:
+            raise JobError(f"sample: {error}") from error
+    if as_json:
+        _print_json(asdict(summary))
+        return
+    typer.echo("\n".join(f"{name}: {value}" for name, value in asdict(summary).items()))
+
+
+@app.command(epilog="Example: vitrine train checkpoint --config train.yaml")
+def train(
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="The checkpoint's folder.")],
+    config: ConfigOption,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train the configured encoder on pairs (mim3, one process) and write a checkpoint."""
+    from jobs.train import train as run
+
+    result = run(_config(config, overrides), destination, Progress(quiet=quiet))
+    if as_json:
+        _print_json(asdict(result))
+        return
+    typer.echo("\n".join(f"{name}: {value}" for name, value in asdict(result).items()))
+
+
+def _config(path: Path, overrides: list[str] | None) -> JobConfig:
+    return read_config(path, overrides or ())
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def main() -> None:
+    """Run the command line; an expected error is one line on standard error and exit 1."""
+    try:
+        check_installation()
+        app()
+    except (JobError, ImportError) as error:
+        typer.echo(f"vitrine: error: {' '.join(str(error).split())}", err=True)
+        raise SystemExit(1) from error
+    except KeyboardInterrupt:
+        typer.echo("vitrine: interrupted; what was committed stays, the next run goes on", err=True)
+        raise SystemExit(130) from None

@@ -1,0 +1,301 @@
+"""The whole configuration of a job: one YAML file, read into frozen models.
+
+Every key, its default and its meaning is a field here; `docs/config.md` is generated from it.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from encoders.spec import EncoderSpec
+from jobs.errors import ConfigError
+from jobs.images import ImagesConfig
+
+FieldName = Literal["image", "text", "multimodal"]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CatalogConfig(Section):
+    """Where the products are and what their columns are called."""
+
+    path: str = Field(
+        description="Parquet: a file, a folder (Hive partitions too) or a glob, local or s3://."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Our name to the catalog's: {product_id: asin, title: name, image_uri: photos}.",
+    )
+    text: str = Field(
+        default="{title}", description="Template over columns: the text that is embedded."
+    )
+    max_text_chars: int = Field(
+        default=100_000, gt=0, description="A longer text is rejected as text_too_long."
+    )
+
+
+class EmbedConfig(Section):
+    """How products become vectors."""
+
+    fields: tuple[FieldName, ...] = Field(
+        default=("image", "text"),
+        min_length=1,
+        description="Which vectors a product has. A row is live only if all of them exist.",
+    )
+    image_weight: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Weight of the image in `multimodal` and in image + text queries.",
+    )
+    batch_size: int = Field(default=64, gt=0, description="Rows a forward pass.")
+    actors: int = Field(
+        default=0, ge=0, description="Embedding actors; 0: one a GPU, or one where there is none."
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="auto: bf16 on a GPU, fp32 on a CPU."
+    )
+    rows_per_file: int = Field(default=8192, gt=0, description="Most rows in one data file.")
+    commit_interval_s: float = Field(
+        default=30.0, gt=0, description="Embedded files are committed at least this often."
+    )
+
+
+class IndexConfig(Section):
+    """How vectors become indexes. What is not given is chosen from the catalog's size."""
+
+    nlist: int | None = Field(default=None, ge=0, description="Inverted lists; 0: a flat index.")
+    pq_m: int | None = Field(
+        default=None, ge=0, description="PQ codes a vector; 0: vectors are stored whole."
+    )
+    train_rows: int = Field(
+        default=262_144, gt=0, description="Most rows in the uniform training sample."
+    )
+    target_intersection: float = Field(
+        default=0.95, gt=0, le=1, description="nprobe is the smallest that reaches this at k = 10."
+    )
+    seed: int = Field(default=0, ge=0, description="Seeds the sample and k-means.")
+
+
+class EvaluateConfig(Section):
+    """What the release is measured with."""
+
+    queries: str | None = Field(
+        default=None,
+        description="Parquet of labelled queries: query_image_uri and/or query_text, product_id.",
+    )
+    sample_rows: int = Field(
+        default=1000, gt=0, description="Catalog vectors used as queries against exact search."
+    )
+    max_queries: int = Field(default=1000, gt=0, description="Most labelled queries to run.")
+
+
+class GateConfig(Section):
+    """The bar a release must pass to be published."""
+
+    max_reject_share: float = Field(
+        default=0.2, ge=0, le=1, description="Rejected rows over rows in."
+    )
+    min_intersection_at_10: float = Field(
+        default=0.8, ge=0, le=1, description="Index against exact search, each field."
+    )
+    min_self_retrieval: float = Field(
+        default=0.9,
+        ge=0,
+        le=1,
+        description="Share of sampled vectors whose own product, or an equal vector, comes first.",
+    )
+    min_recall_at_10: float = Field(
+        default=0.0, ge=0, le=1, description="Labelled queries; needs evaluate.queries if set."
+    )
+
+
+class TrainConfig(Section):
+    """How an encoder is trained from pairs."""
+
+    pairs: str = Field(description="Parquet of training pairs.")
+    validation: str | None = Field(default=None, description="Parquet of validation pairs.")
+    steps: int = Field(default=600, gt=0, description="Optimiser steps.")
+    batch_size: int = Field(default=64, gt=1, description="Pairs a step.")
+    learning_rate: float = Field(default=1e-3, gt=0, description="Peak, after the warm-up.")
+    text_loss_weight: float = Field(
+        default=0.5, ge=0, description="Lambda of the image-text terms (our reconstruction)."
+    )
+    seed: int = Field(default=0, ge=0, description="Seeds weights, order and augmentation.")
+
+
+class RayConfig(Section):
+    """Where the job runs."""
+
+    address: str | None = Field(
+        default=None, description="A running cluster's address; none: a local one is started."
+    )
+    object_store_mb: int = Field(
+        default=512, ge=100, description="Object store of a local cluster, MiB."
+    )
+
+
+class JobConfig(Section):
+    """One job: the store it keeps, the catalog it reads, and how."""
+
+    store: str = Field(description="Root of everything written: a folder or s3://bucket/prefix.")
+    catalog: CatalogConfig
+    encoder: EncoderSpec = Field(
+        description="architecture + pretrained (tag, file, or the word random), or checkpoint."
+    )
+    images: Annotated[ImagesConfig, Field(description="Limits on images and how they are fetched.")] = (
+        ImagesConfig()
+    )
+    embed: EmbedConfig = EmbedConfig()
+    index: IndexConfig = IndexConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    gate: GateConfig = GateConfig()
+    train: TrainConfig | None = None
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _recall_needs_queries(self) -> "JobConfig":
+        if self.gate.min_recall_at_10 > 0 and self.evaluate.queries is None:
+            raise ValueError("gate.min_recall_at_10 needs evaluate.queries")
+        return self
+
+    def hash(self) -> str:
+        """Return the SHA-256 of the resolved configuration in canonical JSON, as hex."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read a configuration file and apply `section.key=value` overrides.
+
+    Relative paths in it stay relative to the working directory, as on any command line.
+
+    Args:
+        path: The YAML file.
+        overrides: Texts `a.b=value`; the value is parsed as YAML.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        ConfigError: The file is missing or no YAML mapping, a key is unknown (the nearest known
+            one is named), a value has the wrong type or range.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"config {path} does not exist") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path} can't be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path} is no YAML: {_one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config {path} must be a YAML mapping, not {type(values).__name__}")
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return JobConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"config {path}: {'; '.join(_faults(error))}") from error
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override!r}: expected section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: {_one_line(error)}") from error
+    *parents, last = key.split(".")
+    for parent in parents:
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {override!r}: {parent} is no section")
+    values[last] = value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _faults(error: ValidationError) -> Iterator[str]:
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            yield f"unknown key {key!r}{_suggestion(key)}"
+        elif fault["type"] == "missing":
+            yield f"{key} is missing"
+        else:
+            yield f"{key or 'the config'}: {fault['msg'].removeprefix('Value error, ')}"
+
+
+def _suggestion(key: str) -> str:
+    names = [name for name, _, _ in config_keys()]
+    sections = {name.rpartition(".")[0] for name in names} - {""}
+    near = difflib.get_close_matches(key, [*names, *sections], n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def config_keys(
+    model: type[Any] = JobConfig, prefix: str = ""
+) -> Iterator[tuple[str, str, str]]:
+    """Yield every key of the configuration as (dotted name, default, meaning).
+
+    Args:
+        model: The section to walk.
+        prefix: Dotted name of that section.
+    """
+    for name, info in _section_fields(model):
+        annotation, default, meaning = info
+        section = _section_type(annotation)
+        if section is None:
+            yield f"{prefix}{name}", default, meaning
+        else:
+            yield from config_keys(section, f"{prefix}{name}.")
+
+
+def _section_fields(model: type[Any]) -> Iterator[tuple[str, tuple[Any, str, str]]]:
+    if issubclass(model, BaseModel):
+        for name, info in model.model_fields.items():
+            if info.is_required():
+                default = "required"
+            else:
+                default = _plain(info.get_default(call_default_factory=True))
+            yield name, (info.annotation, default, info.description or "")
+        return
+    docs = getattr(model, "KEY_DOCS", {})
+    for name, field in model.__dataclass_fields__.items():
+        default = "none" if field.default is None else _plain(field.default)
+        yield name, (field.type, default, docs.get(name, ""))
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:g}"
+    if value is None:
+        return "none"
+    return json.dumps(value) if isinstance(value, tuple | dict | list) else str(value)
+
+
+def _section_type(annotation: Any) -> type[Any] | None:  # noqa: ANN401
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    for candidate in candidates:
+        if isinstance(candidate, type) and (
+            issubclass(candidate, BaseModel) or hasattr(candidate, "__pydantic_config__")
+        ):
+            return candidate
+    return None

@@ -1,0 +1,126 @@
+"""Writes and reads `ids.parquet`: what each vector id of a release is, with that night's metadata."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+
+from jobs.catalog import Catalog, Unit, read_unit
+from jobs.cluster import gather
+from jobs.diff import locate
+from jobs.schemas import vector_id
+from jobs.store import Store, scratch_folder
+
+KEYS = ("vector_id", "product_id", "image_number", "image_uri")
+
+
+def write_ids(
+    catalog: Catalog, live: npt.NDArray[np.int64], store: Store, folder: str
+) -> dict[str, Any]:
+    """Write one row a live vector, sorted by `vector_id`; metadata is the struct `metadata`.
+
+    The rows, metadata included, pass through the memory of one Ray task, not of this process.
+
+    Args:
+        catalog: Read again for its metadata: price and stock are tonight's.
+        live: (N,) sorted vector ids.
+        store: Where to write.
+        folder: Name below `indexes/`.
+
+    Returns:
+        The manifest's entry: file, sha256, rows.
+    """
+    reference, described = ray.put(live), ray.put(catalog)
+    parts = [_unit_ids.remote(described, unit, reference) for unit in catalog.units]
+    entry: dict[str, Any] = gather([_write.remote(store, folder, *parts)])[0]
+    return entry
+
+
+@ray.remote(num_cpus=1)
+def _unit_ids(catalog: Catalog, unit: Unit, live: npt.NDArray[np.int64]) -> pa.Table:
+    product, image = catalog.columns["product_id"], catalog.columns.get("image")
+    wanted = [product, *catalog.metadata]
+    if image is not None and not catalog.has_bytes:
+        wanted.append(image)
+    tables = [_select(table, product, image, catalog, live)
+              for _, table in read_unit(catalog, unit, list(dict.fromkeys(wanted)))]
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
+def _select(
+    table: pa.Table,
+    product: str,
+    image: str | None,
+    catalog: Catalog,
+    live: npt.NDArray[np.int64],
+) -> pa.Table:
+    uris = table[image].to_pylist() if image in table.column_names else [None] * len(table)
+    rows: list[tuple[int, str, int, str | None]] = []
+    places: list[int] = []
+    for place, name in enumerate(table[product].to_pylist()):
+        listed = uris[place] if isinstance(uris[place], list) else [uris[place]]
+        # Images kept in the catalog are not read again: numbers go on while they are live.
+        numbers = range(len(listed) or 1) if not catalog.has_bytes else range(MAX_IMAGES)
+        candidates = [(vector_id(name, n), name, n, listed[n] if n < len(listed) else None)
+                      for n in numbers]
+        found = locate(live, np.array([c[0] for c in candidates], np.int64))[1]
+        rows += [c for c, there in zip(candidates, found, strict=True) if there]
+        places += [place] * int(found.sum())
+    keys = list(zip(*rows, strict=True)) or [(), (), (), ()]
+    types = (pa.int64(), pa.string(), pa.int32(), pa.string())
+    arrays = [pa.array(k, t) for k, t in zip(keys, types, strict=True)]
+    taken = table.select(list(catalog.metadata)).take(pa.array(places, pa.int64()))
+    columns = [taken[name].combine_chunks() for name in taken.column_names]
+    metadata = pa.StructArray.from_arrays(columns, names=taken.column_names) if columns else (
+        pa.nulls(len(places), pa.struct([])))
+    return pa.table(dict(zip(KEYS, arrays, strict=True)) | {"metadata": metadata})
+
+
+MAX_IMAGES = 64
+"""Images a product that are looked for where the catalog holds their bytes."""
+
+
+@ray.remote(num_cpus=1)
+def _write(store: Store, folder: str, *parts: pa.Table) -> dict[str, Any]:
+    table = pa.concat_tables(parts, promote_options="permissive").sort_by("vector_id")
+    path = scratch_folder("ids") / "ids.parquet"
+    pq.write_table(table, path, compression="zstd", row_group_size=65_536)
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    store.upload(path, "indexes", folder, path.name)
+    path.unlink()
+    path.parent.rmdir()
+    return {"file": path.name, "sha256": sha256, "rows": table.num_rows}
+
+
+class Ids:
+    """The opened table: finds rows by vector id with a binary search."""
+
+    def __init__(self, path: str) -> None:
+        """Open a local `ids.parquet`."""
+        self.table = pq.read_table(path, memory_map=True)
+        self.vector_id = self.table["vector_id"].to_numpy()
+
+    def find(self, vector_ids: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+        """Return the rows of vector ids, in their order.
+
+        Raises:
+            ValueError: An id is not in the table: index and table are not of one release.
+        """
+        places, known = locate(self.vector_id, vector_ids)
+        if not known.all():
+            raise ValueError(f"vector id {vector_ids[~known][0]} is not in ids.parquet")
+        rows: list[dict[str, Any]] = self.table.take(places).to_pylist()
+        return rows
+
+    def find_products(self, product_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Return the first row of each product that is there."""
+        kept = self.table.filter(pc.is_in(self.table["product_id"], pa.array(product_ids)))
+        rows = kept.sort_by("image_number").to_pylist()
+        return {row["product_id"]: row for row in reversed(rows)}

@@ -1,0 +1,92 @@
+"""Writes a run's report: `report.json` for programs, self-contained `report.html` for people."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from jobs.evaluate import SearchedQuery
+from jobs.fetch import fetch_images
+from jobs.images import ImageRejected, ImagesConfig, decode_image
+from jobs.store import Store
+
+THUMBNAIL_PX = 160
+SHEET_RESULTS = 5
+
+
+def write_report(
+    store: Store,
+    run: str,
+    report: dict[str, Any],
+    sheet: Sequence[SearchedQuery],
+    catalog_root: str,
+    images: ImagesConfig,
+) -> str:
+    """Write both forms below `runs/<run>/`.
+
+    Args:
+        store: The store.
+        run: The run's id.
+        report: Plain values; all of them measured in this run.
+        sheet: Queries and results for the contact sheet.
+        catalog_root: Where relative product image URIs start.
+        images: Limits for the pictures.
+
+    Returns:
+        Address of report.html.
+    """
+    store.write_text(json.dumps(report, indent=2, ensure_ascii=False), "runs", run, "report.json")
+    environment = Environment(
+        loader=PackageLoader("jobs"), autoescape=select_autoescape(), undefined=StrictUndefined
+    )
+    rows = [_sheet_row(one, catalog_root, images) for one in sheet]
+    page = environment.get_template("report.html").render(r=report, sheet=rows)
+    return store.write_text(page, "runs", run, "report.html")
+
+
+def _sheet_row(one: SearchedQuery, catalog_root: str, images: ImagesConfig) -> dict[str, Any]:
+    found = one.found[:SHEET_RESULTS]
+    pictures = _thumbnails([row["image_uri"] for row in found], catalog_root, images)
+    results = [
+        {
+            "picture": picture,
+            "score": row["score"],
+            "caption": _caption(row),
+            "right": row["product_id"] in one.query.relevant,
+        }
+        for row, picture in zip(found, pictures, strict=True)
+    ]
+    picture = _thumbnails([one.query.image], one.root, images)[0] if one.query.image else ""
+    caption = ", ".join(one.query.relevant)
+    if one.query.text:
+        picture = f'<div class="none">{html.escape(one.query.text[:120])}</div>'
+    return {"picture": picture, "caption": caption, "found": results}
+
+
+def _caption(row: dict[str, Any]) -> str:
+    metadata = row["metadata"]
+    name = next((metadata[key] for key in ("title", "name") if metadata.get(key)), "")
+    return f"{row['product_id']} {str(name)[:60]}"
+
+
+def _thumbnails(uris: list[str | None], root: str, images: ImagesConfig) -> list[str]:
+    """Return an <img> with its data for each URI; words where there is no picture."""
+    return [_thumbnail(data, images) for data in fetch_images(uris, root, images)]
+
+
+def _thumbnail(data: bytes | ImageRejected, images: ImagesConfig) -> str:
+    try:
+        if isinstance(data, ImageRejected):
+            raise data
+        image = decode_image(data, images, min_side_px=THUMBNAIL_PX)
+    except ImageRejected as reject:
+        return f'<div class="none">{html.escape(str(reject.reason))}</div>'
+    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    text = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="" src="data:image/jpeg;base64,{text}">'

@@ -1,0 +1,68 @@
+"""The Arrow schemas of every table the store holds, and the identifiers in them."""
+
+import hashlib
+from collections.abc import Iterable
+
+import pyarrow as pa
+
+EMBEDDING_FIELDS = ("image", "text", "multimodal")
+UPSERT, DELETE, REJECT = "upsert", "delete", "reject"
+
+EMBEDDINGS = pa.schema(
+    [
+        pa.field("product_id", pa.string()),
+        pa.field("image_number", pa.int32()),
+        pa.field("vector_id", pa.int64()),
+        pa.field("generation", pa.int64()),
+        pa.field("operation", pa.string()),
+        pa.field("content_hash", pa.int64()),
+        pa.field("encoder", pa.string()),
+        pa.field("reject_reason", pa.string()),
+        pa.field("reject_detail", pa.string()),
+        *(pa.field(f"{name}_embedding", pa.list_(pa.float32())) for name in EMBEDDING_FIELDS),
+    ]
+)
+"""One appended row a (product, image) and generation. The live row of a `vector_id` is its newest;
+an embedding is (D,) float32, unit length, rounded to float16 (half the bytes on disk)."""
+
+RELEASES = pa.schema(
+    [
+        pa.field("version", pa.int64()),
+        pa.field("parent", pa.int64()),
+        pa.field("created_at", pa.string()),
+        pa.field("run", pa.string()),
+        pa.field("encoder", pa.string()),
+        pa.field("embeddings_version", pa.int64()),
+        pa.field("indexes", pa.string()),
+        pa.field("products", pa.int64()),
+        pa.field("vectors", pa.int64()),
+        pa.field("rejected", pa.int64()),
+        pa.field("rows", pa.int64()),
+        pa.field("config_hash", pa.string()),
+        pa.field("quality", pa.string()),
+    ]
+)
+"""One row a release; `quality` is JSON. The newest row is what serving loads."""
+
+
+def hash63(parts: Iterable[bytes]) -> int:
+    """Hash byte strings, each with its length, to an int in [0, 2**63).
+
+    Args:
+        parts: What to hash, in order; (b"a", b"bc") and (b"ab", b"c") differ.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def vector_id(product_id: str, image_number: int) -> int:
+    """Return the id of a product's image: a hash, so that shards need no shared counter.
+
+    Args:
+        product_id: The catalog's id.
+        image_number: Position in the product's list of images, from 0.
+    """
+    return hash63((product_id.encode("utf-8", "surrogatepass"), str(image_number).encode()))

@@ -1,0 +1,260 @@
+"""The store: one root, local or s3://, that holds all that Vitrine writes.
+
+    embeddings/                  Delta table, append-only rows
+    checkpoints/<fingerprint>/   encoder.json + model.safetensors, immutable
+    indexes/<version>/           index files, ids.parquet; manifest.json is written last
+    releases/                    Delta table, a row a release
+    runs/<run>/                  report.json, report.html
+"""
+
+import json
+import tempfile
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable, Schema, write_deltalake
+from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.transaction import AddAction
+
+from jobs.errors import PublishConflictError, StoreError
+from jobs.schemas import EMBEDDINGS, RELEASES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """What serving loads: a checkpoint, a table version and an index version that belong together.
+
+    Attributes:
+        rows: Catalog rows (product images) in; always `vectors + rejected`.
+    """
+
+    version: int
+    parent: int | None
+    created_at: str
+    run: str
+    encoder: str
+    embeddings_version: int
+    indexes: str
+    products: int
+    vectors: int
+    rejected: int
+    rows: int
+    config_hash: str
+    quality: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A written Parquet file that no commit names yet.
+
+    Attributes:
+        path: Relative to the table's root.
+    """
+
+    path: str
+    size_bytes: int
+    rows: int
+
+
+def new_run_id() -> str:
+    """Return a name for a run that sorts by time: `20260131T120000-1a2b3c`."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+
+
+class Store:
+    """Paths, tables and commits under one root; picklable, holds no open handle."""
+
+    def __init__(self, root: str) -> None:
+        """Name the root; nothing is touched.
+
+        Args:
+            root: A folder or `s3://bucket/prefix`.
+        """
+        self.root = root.rstrip("/") if "://" in root else str(Path(root).resolve())
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the root is a folder of this machine's file system."""
+        return "://" not in self.root
+
+    def uri(self, *parts: str) -> str:
+        """Join parts onto the root."""
+        return "/".join((self.root, *parts))
+
+    def filesystem(self) -> fsspec.AbstractFileSystem:
+        """Return the file system the root lies on."""
+        return fsspec.core.url_to_fs(self.root)[0]
+
+    def write_text(self, text: str, *parts: str) -> str:
+        """Write a small text file whole; return its address."""
+        target = self.uri(*parts)
+        filesystem = self.filesystem()
+        filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+        with filesystem.open(target, "wb") as file:
+            file.write(text.encode("utf-8", "replace"))
+        return target
+
+    def read_json(self, *parts: str) -> dict[str, Any]:
+        """Read a JSON object.
+
+        Raises:
+            StoreError: The file is missing or holds no JSON object.
+        """
+        target = self.uri(*parts)
+        try:
+            with self.filesystem().open(target, "rb") as file:
+                value = json.loads(file.read())
+        except FileNotFoundError as error:
+            raise StoreError(f"{target} is missing") from error
+        except ValueError as error:
+            raise StoreError(f"{target} is corrupted: {error}") from error
+        if not isinstance(value, dict):
+            raise StoreError(f"{target} is corrupted: no JSON object")
+        return value
+
+    def upload(self, source: Path, *parts: str) -> str:
+        """Copy a local file into the store; return its address."""
+        target = self.uri(*parts)
+        filesystem = self.filesystem()
+        filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+        filesystem.put_file(str(source), target)
+        return target
+
+    def local_copy(self, cache: Path, *parts: str) -> Path:
+        """Return a local path of a file or flat folder of the store, fetched if it is remote.
+
+        Args:
+            cache: Where remote files are put, under their own relative path.
+            *parts: Path below the root.
+
+        Raises:
+            StoreError: There is no such file.
+        """
+        filesystem, target = self.filesystem(), self.uri(*parts)
+        if not filesystem.exists(target):
+            raise StoreError(f"{target} is missing")
+        if self.is_local:
+            return Path(target)
+        local = cache.joinpath(*parts)
+        local.parent.mkdir(parents=True, exist_ok=True)
+        filesystem.get(target, str(local), recursive=filesystem.isdir(target))
+        return local
+
+    def add_checkpoint(self, directory: Path, fingerprint: str) -> None:
+        """Copy a checkpoint directory into the store, if it isn't there.
+
+        Args:
+            directory: A local directory that `encoders.checkpoint` wrote.
+            fingerprint: Its fingerprint, which becomes its name.
+        """
+        if not self.filesystem().exists(self.uri("checkpoints", fingerprint, "encoder.json")):
+            for name in ("model.safetensors", "encoder.json"):  # the mark that it is whole: last
+                self.upload(directory / name, "checkpoints", fingerprint, name)
+
+    def embeddings(self, version: int | None = None) -> DeltaTable:
+        """Open the embeddings table, created empty if there is none.
+
+        Args:
+            version: A table version; the newest if None.
+
+        Raises:
+            StoreError: The table has no such version or isn't ours.
+        """
+        return self._table("embeddings", EMBEDDINGS, version)
+
+    def commit_embeddings(self, files: Sequence[DataFile]) -> None:
+        """Add written files to the embeddings table in one Delta commit."""
+        now_ms = int(datetime.now(UTC).timestamp() * 1000)
+        actions = [
+            AddAction(f.path, f.size_bytes, {}, now_ms, True, json.dumps({"numRecords": f.rows}))
+            for f in files
+        ]
+        self.embeddings().create_write_transaction(
+            actions, mode="append", schema=Schema.from_arrow(EMBEDDINGS)
+        )
+
+    def embedding_files(self, version: int) -> list[str]:
+        """List the data files of a version of the embeddings table, relative to the table."""
+        actions = pa.table(self.embeddings(version).get_add_actions(flatten=True))
+        return sorted(actions["path"].to_pylist())
+
+    def releases(self) -> list[Release]:
+        """List all releases, newest first; empty if nothing was published."""
+        if not DeltaTable.is_deltatable(self.uri("releases")):
+            return []
+        rows = pa.table(self._table("releases", RELEASES, None).to_pyarrow_table()).to_pylist()
+        releases = [Release(**(row | {"quality": json.loads(row["quality"])})) for row in rows]
+        return sorted(releases, key=lambda release: -release.version)
+
+    def current_release(self) -> Release | None:
+        """Return the newest release, or None in a store without one."""
+        return next(iter(self.releases()), None)
+
+    def release(self, version: int | None = None) -> Release:
+        """Return a release by its version, or the newest.
+
+        Raises:
+            StoreError: There is none.
+        """
+        for release in self.releases():
+            if version in (None, release.version):
+                return release
+        wanted = "no release" if version is None else f"no release {version}"
+        raise StoreError(f"store {self.root} has {wanted}; run `vitrine refresh` first")
+
+    def publish(self, release: Release) -> None:
+        """Make a release the newest, in one commit.
+
+        Delta lets two blind appends both through, so the commit is made against the table version
+        in which `release.parent` was seen to be the newest, and is not retried.
+
+        Raises:
+            PublishConflictError: Another job published since `release.parent`.
+        """
+        table = self._table("releases", RELEASES, None)
+        current = self.current_release()
+        if (current.version if current else None) != release.parent:
+            raise self._conflict(release)
+        row = asdict(release) | {"quality": json.dumps(release.quality, sort_keys=True)}
+        try:
+            write_deltalake(
+                table,
+                pa.Table.from_pylist([row], schema=RELEASES),
+                mode="append",
+                commit_properties=CommitProperties(max_commit_retries=0),
+            )
+        except CommitFailedError as error:
+            raise self._conflict(release) from error
+
+    def _conflict(self, release: Release) -> PublishConflictError:
+        return PublishConflictError(
+            f"another job published to {self.root} since this one began from release "
+            f"{release.parent}; nothing of this run is visible: run it again"
+        )
+
+    def _table(self, name: str, schema: pa.Schema, version: int | None) -> DeltaTable:
+        address = self.uri(name)
+        try:
+            table = DeltaTable(address, version=version)
+        except TableNotFoundError:
+            if self.is_local:
+                Path(address).mkdir(parents=True, exist_ok=True)
+            table = DeltaTable.create(address, schema=schema, mode="ignore")
+        found = pa.schema(table.schema().to_arrow())
+        if set(found.names) != set(schema.names):
+            raise StoreError(
+                f"{address} has columns {sorted(found.names)}, expected {sorted(schema.names)}: "
+                "it is no table of this version of Vitrine"
+            )
+        return table
+
+
+def scratch_folder(name: str) -> Path:
+    """Return a new temporary folder of this machine for files on their way to the store."""
+    return Path(tempfile.mkdtemp(prefix=f"vitrine-{name}-"))

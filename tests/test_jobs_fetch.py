@@ -1,0 +1,250 @@
+import os
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from jobs import fetch
+from jobs.fetch import fetch_images
+from jobs.images import ImageRejected, ImagesConfig, RejectReason
+
+
+class Pages(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    calls: dict[str, int] = {}  # noqa: RUF012 - one server a test session
+
+    def answer(self, status, body=b"", **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        self.calls[self.path] = self.calls.get(self.path, 0) + 1
+        name = self.path.strip("/").split("?")[0]
+        if name == "flaky" and self.calls[self.path] == 1:
+            self.answer(503)
+        elif name in ("ok", "flaky"):
+            self.answer(200, b"picture")
+        elif name.isdecimal():
+            self.answer(int(name))
+        elif name == "slow":
+            time.sleep(0.6)
+            self.close_connection = True
+        elif name == "drip":
+            self.drip()
+        elif name == "large":
+            self.answer(200, b"x" * 2000)
+        elif name == "endless":
+            self.send_response(200)
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.wfile.write(b"x" * 5000)
+            self.close_connection = True
+        elif name == "gzip":
+            self.answer(200, b"x", Content_Encoding="gzip")
+        elif name.startswith("key"):
+            self.answer(200, b"object")
+        elif name.startswith("bucket"):
+            self.answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
+        else:
+            self.answer(302, Location=self.path.partition("?")[2])
+
+    def drip(self):
+        self.send_response(200)
+        self.end_headers()
+        for _ in range(12):
+            try:
+                self.wfile.write(b"x")
+                self.wfile.flush()
+            except OSError:
+                break
+            time.sleep(0.1)
+        self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    Pages.calls.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Pages) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{httpd.server_address[1]}"
+        httpd.shutdown()
+
+
+def config_for(*hosts, **options):
+    settings = {"max_bytes": 1000, "timeout_s": 0.3, "retries": 0, "concurrency": 4}
+    return ImagesConfig(http_hosts=hosts, **(settings | options))
+
+
+def one(reference, config, root="/nowhere"):
+    (found,) = fetch_images([reference], str(root), config)
+    return found.reason if isinstance(found, ImageRejected) else found
+
+
+def test_http_answers(server):
+    config = config_for(server)
+    expected = {
+        "ok": b"picture",
+        "404": RejectReason.NOT_FOUND,
+        "410": RejectReason.NOT_FOUND,
+        "403": RejectReason.HTTP_ERROR,
+        "429": RejectReason.UNREACHABLE,
+        "500": RejectReason.UNREACHABLE,
+        "large": RejectReason.TOO_MANY_BYTES,
+        "endless": RejectReason.TOO_MANY_BYTES,
+        "gzip": RejectReason.HTTP_ERROR,
+        "slow": RejectReason.TIMEOUT,
+        "drip": RejectReason.TIMEOUT,
+        "r?/ok": b"picture",
+        "r?http://elsewhere.example/x": RejectReason.HTTP_NOT_ALLOWED,
+        "r?http://169.254.169.254/latest": RejectReason.ADDRESS_REFUSED,
+        "r?file:///etc/passwd": RejectReason.BAD_URI,
+        "r?/r?/ok": b"picture",
+    }
+    found = fetch_images([f"http://{server}/{name}" for name in expected], "/nowhere", config)
+    got = [item.reason if isinstance(item, ImageRejected) else item for item in found]
+    assert dict(zip(expected, got, strict=True)) == expected
+
+
+def test_retry_only_when_transient(server):
+    config = config_for(server, retries=1)
+    Pages.calls.clear()
+    assert one(f"http://{server}/flaky", config) == b"picture"
+    assert one(f"http://{server}/404", config) == RejectReason.NOT_FOUND
+    assert Pages.calls == {"/flaky": 2, "/404": 1}
+
+
+def test_redirect_loop_ends(server, monkeypatch):
+    monkeypatch.setattr(fetch, "MAX_REDIRECTS", 2)
+    config = config_for(server, timeout_s=2.0)
+    assert one(f"http://{server}/r?/r?/r?/r?/ok", config) == RejectReason.HTTP_ERROR
+
+
+def test_hosts(server):
+    port = server.partition(":")[2]
+    assert one(f"http://{server}/ok", config_for()) == RejectReason.HTTP_NOT_ALLOWED
+    assert one(f"http://{server}/ok", config_for("127.0.0.1")) == RejectReason.HTTP_NOT_ALLOWED
+    named = config_for(f"localhost:{port}")
+    assert one(f"http://localhost:{port}/ok", named) == RejectReason.ADDRESS_REFUSED
+    metadata = config_for("169.254.169.254", "[fe80::1]")
+    assert one("http://169.254.169.254/", metadata) == RejectReason.ADDRESS_REFUSED
+    assert one("http://[fe80::1]/", metadata) == RejectReason.ADDRESS_REFUSED
+    assert one("http://[::ffff:169.254.169.254]/", metadata) == RejectReason.ADDRESS_REFUSED
+    assert one(f"http://u:p@{server}/ok", config_for(server)) == RejectReason.BAD_URI
+    assert one("http://host:port/", config_for(server)) == RejectReason.BAD_URI
+
+
+@pytest.mark.parametrize(
+    ("entry", "host", "matches"),
+    [
+        ("a.example", "a.example", True),
+        ("*.a.example", "b.a.example", True),
+        ("*.a.example", "a.example", False),
+        ("*.a.example", "bada.example", False),
+        ("a.example", "a.example.evil", False),
+        ("a.example:81", "a.example", False),
+        ("[::1]", "::1", True),
+    ],
+)
+def test_host_patterns(entry, host, matches):
+    assert fetch._matches(entry, host, 80, 80) is matches
+
+
+def test_every_resolved_address_is_checked(monkeypatch):
+    def resolve(host, port, **_):
+        return [(2, 1, 6, "", (ip, port)) for ip in ("93.184.215.14", "10.0.0.1")]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    refused = one("http://shop.example/x", config_for("shop.example"))
+    assert refused == RejectReason.ADDRESS_REFUSED
+
+
+@pytest.mark.parametrize(
+    "address", ["64:ff9b::a00:1", "2002:a00:1::", "224.0.0.1", "100.64.0.1", "::1", "0.0.0.0"]
+)
+def test_disguised_addresses_are_refused(address):
+    with pytest.raises(ImageRejected):
+        fetch._check_address(fetch._as_address(address), named=False)
+
+
+def test_unreachable():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{free.getsockname()[1]}"
+        assert one(f"http://{host}/", config_for(host)) == RejectReason.UNREACHABLE
+
+
+def test_local_references(tmp_path):
+    root = tmp_path / "catalog"
+    (root / "a").mkdir(parents=True)
+    (tmp_path / "secret").write_bytes(b"secret")
+    (root / "a" / "q?v=1#x%20.jpg").write_bytes(b"literal")
+    (root / "a b").write_bytes(b"space")
+    (root / "empty").touch()
+    (root / "big").write_bytes(b"x" * 1001)
+    (root / "link").symlink_to(tmp_path / "secret")
+    os.mkfifo(root / "pipe")
+    expected = {
+        "a/q?v=1#x%20.jpg": b"literal",
+        "a/../a b": b"space",
+        (root / "a b").as_uri(): b"space",
+        str(tmp_path / "secret"): b"secret",
+        "../secret": RejectReason.OUTSIDE_CATALOG,
+        "a/../../secret": RejectReason.OUTSIDE_CATALOG,
+        "%2e%2e/secret": RejectReason.OUTSIDE_CATALOG,
+        "%2e%2e%2fsecret": RejectReason.OUTSIDE_CATALOG,
+        "link": RejectReason.OUTSIDE_CATALOG,
+        "none.jpg": RejectReason.NOT_FOUND,
+        "a b/below": RejectReason.NOT_FOUND,
+        "empty": RejectReason.EMPTY_FILE,
+        "big": RejectReason.TOO_MANY_BYTES,
+        "pipe": RejectReason.BAD_URI,
+        "a": RejectReason.BAD_URI,
+        "x" * 300: RejectReason.BAD_URI,
+        "a\0b": RejectReason.BAD_URI,
+        "\ud800": RejectReason.BAD_URI,
+        "ftp://host/x": RejectReason.BAD_URI,
+        "data:image/png;base64,xx": RejectReason.BAD_URI,
+        "file://other/x": RejectReason.BAD_URI,
+        "s3://bucket": RejectReason.BAD_URI,
+        "": RejectReason.MISSING_IMAGE,
+        None: RejectReason.MISSING_IMAGE,
+        b"given": b"given",
+        b"": RejectReason.EMPTY_FILE,
+        b"x" * 1001: RejectReason.TOO_MANY_BYTES,
+    }
+    found = fetch_images(list(expected), str(root), config_for())
+    got = [item.reason if isinstance(item, ImageRejected) else item for item in found]
+    assert dict(zip(expected, got, strict=True)) == expected
+
+
+def test_root(tmp_path):
+    (tmp_path / "x").write_bytes(b"x")
+    assert one("x", config_for(), tmp_path.as_uri()) == b"x"
+    assert fetch_images([], str(tmp_path), config_for()) == []
+    with pytest.raises(ValueError, match="catalog root"):
+        fetch_images(["x"], "http://host/", config_for())
+
+
+def test_s3(server, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{server}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    fetch._s3_filesystem.cache_clear()
+    config = config_for(timeout_s=5.0)
+    Pages.calls.clear()
+    assert one("key.jpg?versionId=1", config, "s3://key-bucket/photos/") == b"object"
+    assert list(Pages.calls) == ["/key-bucket/photos/key.jpg%3FversionId%3D1"]
+    assert one("s3://bucket/none", config) == RejectReason.NOT_FOUND
+    assert one("../x", config, "s3://key-bucket/photos") == RejectReason.OUTSIDE_CATALOG
+    small = config_for(timeout_s=5.0, max_bytes=3)
+    assert one("s3://key-bucket/x", small) == RejectReason.TOO_MANY_BYTES
+    fetch._s3_filesystem.cache_clear()

@@ -149,7 +149,7 @@ def _root(path: str, filesystem: fsspec.AbstractFileSystem) -> str:
     if not is_folder:
         base = base.rpartition("/")[0] or "."
     if filesystem.protocol in ("file", "local") or "file" in filesystem.protocol:
-        return os.path.abspath(filesystem._strip_protocol(base))  # tasks run in other folders
+        return os.path.abspath(str(filesystem._strip_protocol(base)))  # tasks run in other folders
     return base.rstrip("/")
 
 
@@ -219,7 +219,7 @@ def _resolve(
         kind == "list of images"
         and _kind(schema.field(columns["image"]).type.value_type) in ("bytes", "struct")
     )
-    image = {columns["image"]} if has_bytes else set()
+    image = {columns.get("image")}
     binary = {f.name for f in schema if _kind(f.type) in ("bytes", "struct", "other")}
     metadata = tuple(n for n in (*schema.names, *partitions) if n not in image | binary)
     return {
@@ -388,8 +388,12 @@ def scan_unit(catalog: Catalog, unit: Unit, recipe: str) -> npt.NDArray[np.void]
         (N,) records of `PLAN_DTYPE`.
     """
     rows = [
-        (item.vector_id, item.content_hash, hash63((item.product_id.encode("utf-8", "replace"),)),
-         item.image_number)
+        (
+            item.vector_id,
+            item.content_hash,
+            hash63((item.product_id.encode("utf-8", "replace"),)),
+            item.image_number,
+        )
         for items in read_items(catalog, unit, recipe)
         for item in items
     ]

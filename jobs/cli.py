@@ -85,7 +85,9 @@ def status(config: ConfigOption, overrides: SetOption = None, as_json: JsonOptio
     if not releases:
         typer.echo("no release yet: run `vitrine refresh`")
         return
-    table = Table("release", "created", "products", "rows in", "live", "rejected", "intersection@10")
+    table = Table(
+        "release", "created", "products", "rows in", "live", "rejected", "intersection@10"
+    )
     for row in releases:
         figures = [
             f"{name} {value['intersection_at_10']:.3f}"
@@ -146,9 +148,7 @@ def sample(
 
     with Progress(quiet=quiet).count(products, "products") as shown:
         try:
-            summary = write_sample(
-                destination, products=products, seed=seed, progress=shown.update
-            )
+            summary = write_sample(destination, products=products, seed=seed, progress=shown.update)
         except (ValueError, OSError) as error:
             raise JobError(f"sample: {error}") from error
     if as_json:

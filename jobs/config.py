@@ -35,7 +35,7 @@ class CatalogConfig(Section):
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="Our name to the catalog's: {product_id: asin, title: name, image_uri: photos}.",
+        description="Our name to the catalog's: {product_id: asin, image_uri: photos}.",
     )
     text: str = Field(
         default="{title}", description="Template over columns: the text that is embedded."
@@ -154,9 +154,9 @@ class JobConfig(Section):
     encoder: EncoderSpec = Field(
         description="architecture + pretrained (tag, file, or the word random), or checkpoint."
     )
-    images: Annotated[ImagesConfig, Field(description="Limits on images and how they are fetched.")] = (
-        ImagesConfig()
-    )
+    images: Annotated[
+        ImagesConfig, Field(description="Limits on images and how they are fetched.")
+    ] = ImagesConfig()
     embed: EmbedConfig = EmbedConfig()
     index: IndexConfig = IndexConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -250,9 +250,7 @@ def _suggestion(key: str) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def config_keys(
-    model: type[Any] = JobConfig, prefix: str = ""
-) -> Iterator[tuple[str, str, str]]:
+def config_keys(model: type[Any] = JobConfig, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """Yield every key of the configuration as (dotted name, default, meaning).
 
     Args:

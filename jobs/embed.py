@@ -82,9 +82,7 @@ class EmbedResult:
     image_bytes: int = 0
 
 
-def embed_items(
-    task: EmbedTask, diff: Diff, progress: Callable[[int, int], None]
-) -> EmbedResult:
+def embed_items(task: EmbedTask, diff: Diff, progress: Callable[[int, int], None]) -> EmbedResult:
     """Embed what the diff names and commit it to the embeddings table as it comes.
 
     Args:
@@ -350,7 +348,7 @@ class Embedder:
         if good.any() and "multimodal" in self.task.embed.fields:
             weight = self.task.embed.image_weight
             found["multimodal"] = fuse(found["image"], found["text"], weight)
-        vectors = {}
+        vectors: dict[str, Any] = {}
         for name in self.task.embed.fields:
             vectors[name] = np.zeros((len(good), self.encoder.dim), np.float32)
             if good.any():
@@ -366,7 +364,7 @@ def _is_unit(vector: npt.NDArray[np.float32]) -> bool:
     return bool(MIN_NORM < float(np.linalg.norm(vector)) < MAX_NORM)
 
 
-def write_rows(batch: Batch, *, task: EmbedTask) -> Batch:
+def write_rows(batch: Batch, *, task: EmbedTask) -> pa.Table:
     """Write one data file of the embeddings table; return one small row that describes it."""
     started = time.monotonic()
     rows = len(batch["vector_id"])
@@ -382,9 +380,15 @@ def write_rows(batch: Batch, *, task: EmbedTask) -> Batch:
     for name in EMBEDDING_FIELDS:
         column = f"{name}_embedding"
         columns[column] = _list_array(batch.get(column), bad)
-    table = pa.table({name: pa.array(columns[name], EMBEDDINGS.field(name).type) if not
-                      isinstance(columns[name], pa.Array) else columns[name]
-                      for name in EMBEDDINGS.names}, schema=EMBEDDINGS)
+    table = pa.table(
+        {
+            name: pa.array(columns[name], EMBEDDINGS.field(name).type)
+            if not isinstance(columns[name], pa.Array)
+            else columns[name]
+            for name in EMBEDDINGS.names
+        },
+        schema=EMBEDDINGS,
+    )
     file = write_data_file(task.store, table, task.generation)
     names, counts = np.unique(batch["reject_reason"][bad].astype(str), return_counts=True)
     sums = ("fetch_s", "decode_s", "tokenize_s", "embed_s", "image_bytes")

@@ -120,9 +120,9 @@ def measure_queries(
         indexes: Name of the folder below `indexes/`.
         use_images: Whether to ask with photos, or with words.
     """
-    if config.queries is None:
-        queries, root = [], catalog.root
-    else:
+    queries: list[Query] = []
+    root = catalog.root
+    if config.queries is not None:
         queries, root = read_queries(config, use_images=use_images)
     task = _run_queries.options(num_gpus=1 if ray.cluster_resources().get("GPU") else 0)
     outcome = gather([task.remote(queries, root, catalog, images, store, indexes, use_images)])[0]
@@ -196,7 +196,5 @@ def _catalog_queries(searcher: Any, catalog: Catalog, use_images: bool) -> list[
         elif not use_images:
             names = template_names(catalog.text)
             values = {n: (row["metadata"] or {}).get(catalog.columns[n]) for n in names}
-            queries.append(
-                Query(image=None, text=fill_template(catalog.text, values), relevant=())
-            )
+            queries.append(Query(image=None, text=fill_template(catalog.text, values), relevant=()))
     return queries

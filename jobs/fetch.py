@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote
 
-import botocore.exceptions  # type: ignore[import-untyped]
+import botocore.exceptions
 import fsspec
 import httpcore
 import httpx

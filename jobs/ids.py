@@ -1,4 +1,4 @@
-"""Writes and reads `ids.parquet`: what each vector id of a release is, with that night's metadata."""
+"""Writes and reads `ids.parquet`: what each vector id is, with that night's metadata."""
 
 import hashlib
 from collections.abc import Sequence
@@ -48,8 +48,10 @@ def _unit_ids(catalog: Catalog, unit: Unit, live: npt.NDArray[np.int64]) -> pa.T
     wanted = [product, *catalog.metadata]
     if image is not None and not catalog.has_bytes:
         wanted.append(image)
-    tables = [_select(table, product, image, catalog, live)
-              for _, table in read_unit(catalog, unit, list(dict.fromkeys(wanted)))]
+    tables = [
+        _select(table, product, image, catalog, live)
+        for _, table in read_unit(catalog, unit, list(dict.fromkeys(wanted)))
+    ]
     return pa.concat_tables(tables, promote_options="permissive")
 
 
@@ -60,26 +62,38 @@ def _select(
     catalog: Catalog,
     live: npt.NDArray[np.int64],
 ) -> pa.Table:
-    uris = table[image].to_pylist() if image in table.column_names else [None] * len(table)
+    """Return one row a live vector of the table's products."""
+    stored = image is not None and not catalog.has_bytes
+    uris = table[image].to_pylist() if stored else [None] * len(table)
     rows: list[tuple[int, str, int, str | None]] = []
     places: list[int] = []
     for place, name in enumerate(table[product].to_pylist()):
-        listed = uris[place] if isinstance(uris[place], list) else [uris[place]]
-        # Images kept in the catalog are not read again: numbers go on while they are live.
-        numbers = range(len(listed) or 1) if not catalog.has_bytes else range(MAX_IMAGES)
-        candidates = [(vector_id(name, n), name, n, listed[n] if n < len(listed) else None)
-                      for n in numbers]
-        found = locate(live, np.array([c[0] for c in candidates], np.int64))[1]
-        rows += [c for c, there in zip(candidates, found, strict=True) if there]
-        places += [place] * int(found.sum())
+        found = _live_images(name, uris[place], catalog.has_bytes, live)
+        rows += found
+        places += [place] * len(found)
     keys = list(zip(*rows, strict=True)) or [(), (), (), ()]
     types = (pa.int64(), pa.string(), pa.int32(), pa.string())
     arrays = [pa.array(k, t) for k, t in zip(keys, types, strict=True)]
     taken = table.select(list(catalog.metadata)).take(pa.array(places, pa.int64()))
     columns = [taken[name].combine_chunks() for name in taken.column_names]
-    metadata = pa.StructArray.from_arrays(columns, names=taken.column_names) if columns else (
-        pa.nulls(len(places), pa.struct([])))
+    metadata = pa.StructArray.from_arrays(columns, names=taken.column_names)
     return pa.table(dict(zip(KEYS, arrays, strict=True)) | {"metadata": metadata})
+
+
+def _live_images(
+    product_id: str, uris: list[str] | str | None, has_bytes: bool, live: npt.NDArray[np.int64]
+) -> list[tuple[int, str, int, str | None]]:
+    """Return (vector id, product id, image number, URI) of a product's live images."""
+    listed: list[str | None] = list(uris) if isinstance(uris, list) else [uris]
+    # Images that the catalog holds as bytes are not read again: all numbers are tried.
+    numbers = range(MAX_IMAGES if has_bytes else max(1, len(listed)))
+    ids = np.array([vector_id(product_id, number) for number in numbers], np.int64)
+    _, there = locate(live, ids)
+    return [
+        (int(ids[n]), product_id, n, listed[n] if n < len(listed) else None)
+        for n in numbers
+        if there[n]
+    ]
 
 
 MAX_IMAGES = 64

@@ -8,7 +8,6 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import faiss
@@ -278,7 +277,11 @@ def read_vectors(
 
 
 def _gather_vectors(
-    store: Store, field: str, rows: Any, files: tuple[str, ...], wanted: Int64Array  # noqa: ANN401
+    store: Store,
+    field: str,
+    rows: Any,  # noqa: ANN401 - a reference
+    files: tuple[str, ...],
+    wanted: Int64Array,
 ) -> list[Any]:
     """Start a task a file that reads the wanted vectors; return their references."""
     return [_read_wanted.remote(store, file, field, rows, wanted) for file in files]
@@ -337,7 +340,11 @@ def _merge(store: Store, folder: str, name: str, *parts: Any) -> tuple[str, int,
 
 
 def _exact_search(
-    store: Store, field: str, rows: Any, files: tuple[str, ...], queries: Any  # noqa: ANN401
+    store: Store,
+    field: str,
+    rows: Any,  # noqa: ANN401 - a reference
+    files: tuple[str, ...],
+    queries: Any,  # noqa: ANN401 - a reference
 ) -> Any:  # noqa: ANN401
     """Return a reference to exact (scores, ids) of the queries over all files."""
 
@@ -386,8 +393,3 @@ def _self_retrieval(
     hits = (found == ids[:, None]).any(axis=1)
     hits |= (found[:, :, None] == equal[:, None, :]).any(axis=(1, 2))
     return float(hits.mean())
-
-
-def index_cache(store: Store, folder: str) -> Path:
-    """Return a local folder for the files of a remote store's index version."""
-    return scratch_folder("release") if not store.is_local else Path(store.root)

@@ -170,7 +170,11 @@ def _build(run: Run, config: JobConfig, task: EmbedTask, plan: Any, dim: int) ->
         _write_manifest(run, config, task, live, indexes)
         with run.stage("measure queries") as counted:
             measured = measure_queries(
-                config.evaluate, task.catalog, config.images, store, run.run_id,
+                config.evaluate,
+                task.catalog,
+                config.images,
+                store,
+                run.run_id,
                 use_images=task.needs_image,
             )
             counted["rows"] = measured.queries
@@ -180,7 +184,10 @@ def _build(run: Run, config: JobConfig, task: EmbedTask, plan: Any, dim: int) ->
 
 
 def summarize_rejects(
-    store: Store, files: list[str], live: LiveRows, plan: Any  # noqa: ANN401
+    store: Store,
+    files: list[str],
+    live: LiveRows,
+    plan: Any,  # noqa: ANN401
 ) -> list[dict[str, Any]]:
     """Count the catalog's rows that are rejected now, by reason, with a few examples each.
 

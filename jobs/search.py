@@ -110,7 +110,7 @@ class Searcher:
             raise JobError("a search needs an image, a text, or both")
         if text is not None and not text.strip():
             raise JobError("the query text is empty")
-        vectors = []
+        vectors: list[Float32Array] = []
         if image is not None:
             try:
                 pixels = load_pixels(image, self.images, self.encoder.preprocess)
@@ -120,8 +120,9 @@ class Searcher:
         if text is not None:
             vectors.append(self.encoder.encode_texts(self.tokenizer([text])))
         if len(vectors) == 2:
-            return fuse(vectors[0], vectors[1], self.manifest["image_weight"])[0]
-        return vectors[0][0]
+            vectors = [fuse(vectors[0], vectors[1], self.manifest["image_weight"])]
+        found: Float32Array = vectors[0][0]
+        return found
 
     def search(
         self,
@@ -169,7 +170,9 @@ class Searcher:
             raise JobError(f"k is {k}, expected at least 1")
         index = self.indexes[name]
         # Several images a product share one place in the answer: look further than k.
-        images_a_product = max(1, round(len(self.ids.vector_id) / max(1, self.manifest["products"])))
+        images_a_product = max(
+            1, round(len(self.ids.vector_id) / max(1, self.manifest["products"]))
+        )
         depth = min(index.ntotal, 4 * k * images_a_product)
         scores, ids = search_index(index, queries, depth)
         return [self._products(s, i, k) for s, i in zip(scores, ids, strict=True)]
@@ -205,7 +208,11 @@ def open_release(
 def result_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Turn results into plain values for JSON."""
     return [
-        {"product_id": r.product_id, "score": r.score, "image_uri": r.image_uri,
-         "metadata": r.metadata}
+        {
+            "product_id": r.product_id,
+            "score": r.score,
+            "image_uri": r.image_uri,
+            "metadata": r.metadata,
+        }
         for r in results
     ]

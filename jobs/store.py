@@ -1,10 +1,10 @@
 """The store: one root, local or s3://, that holds all that Vitrine writes.
 
-    embeddings/                  Delta table, append-only rows
-    checkpoints/<fingerprint>/   encoder.json + model.safetensors, immutable
-    indexes/<version>/           index files, ids.parquet; manifest.json is written last
-    releases/                    Delta table, a row a release
-    runs/<run>/                  report.json, report.html
+embeddings/                  Delta table, append-only rows
+checkpoints/<fingerprint>/   encoder.json + model.safetensors, immutable
+indexes/<version>/           index files, ids.parquet; manifest.json is written last
+releases/                    Delta table, a row a release
+runs/<run>/                  report.json, report.html
 """
 
 import json

@@ -14,10 +14,11 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import ray
 
-from jobs.catalog import PLAN_DTYPE, Catalog, Unit, check_unique, scan_unit
+from jobs.catalog import Catalog, Unit
 from jobs.cluster import cluster_cpus, gather_bounded
 from jobs.errors import FingerprintError
 from jobs.images import RejectReason
+from jobs.items import PLAN_DTYPE, check_unique, scan_unit
 from jobs.schemas import DELETE, REJECT, UPSERT
 from jobs.store import Store
 

@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 import ray
 
 from indexing.metrics import mean_reciprocal_rank, recall_at_k
-from jobs.catalog import Catalog, fill_template, template_names
+from jobs.catalog import Catalog, template_names
 from jobs.cluster import gather
 from jobs.config import EvaluateConfig
 from jobs.errors import CatalogError, JobError
 from jobs.fetch import fetch_images
 from jobs.images import ImagesConfig
+from jobs.items import fill_template
 from jobs.store import Store
 
 RECALL_KS = (1, 5, 10)

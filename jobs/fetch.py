@@ -8,16 +8,11 @@ this process's own rights: run catalogs of strangers under an account that may r
 
 import errno
 import functools
-import ipaddress
 import os
 import posixpath
 import re
-import socket
-import ssl
 import stat
-import threading
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -25,25 +20,13 @@ from urllib.parse import unquote
 
 import botocore.exceptions
 import fsspec
-import httpcore
-import httpx
 import tenacity
 from fsspec.asyn import sync as run_on_loop
 
-from jobs.images import ImageRejected, ImagesConfig, RejectReason
+from jobs.fetch_http import DEFAULT_PORTS, HttpFetcher
+from jobs.images import ImageRejected, ImagesConfig, RejectReason, check_size
 
-MAX_REDIRECTS: Final = 5
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_DEFAULT_PORTS: Final = {"http": 80, "https": 443}
-_IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
-# Cloud metadata that is not link-local: AWS over IPv6, Alibaba Cloud.
-_METADATA: Final = (
-    ipaddress.ip_address("fd00:ec2::254"),
-    ipaddress.ip_address("100.100.100.200"),
-)
-_NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
-# "Too early", "too many requests" and "request timeout" ask for another try.
-_BUSY_STATUS: Final = (408, 425, 429)
 
 
 def fetch_images(
@@ -72,7 +55,7 @@ def fetch_images(
     if not references:
         return []
     with (
-        _HttpFetcher(config) as http,
+        HttpFetcher(config) as http,
         ThreadPoolExecutor(min(config.concurrency, len(references))) as threads,
     ):
         fetch = functools.partial(_fetch_or_reject, root=root, config=config, http=http)
@@ -80,7 +63,7 @@ def fetch_images(
 
 
 def _fetch_or_reject(
-    reference: str | bytes | None, *, root: str, config: ImagesConfig, http: "_HttpFetcher"
+    reference: str | bytes | None, *, root: str, config: ImagesConfig, http: "HttpFetcher"
 ) -> bytes | ImageRejected:
     attempts = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(config.retries + 1),
@@ -97,17 +80,17 @@ def _fetch_or_reject(
             reference = attempts(_read_uri, reference, root, config, http)
         if not reference:
             raise ImageRejected(RejectReason.EMPTY_FILE, "0 bytes")
-        _check_size(len(reference), config)
+        check_size(len(reference), config)
     except ImageRejected as rejected:
         return rejected
     return reference
 
 
-def _read_uri(uri: str, root: str, config: ImagesConfig, http: "_HttpFetcher") -> bytes:
+def _read_uri(uri: str, root: str, config: ImagesConfig, http: "HttpFetcher") -> bytes:
     if any(ord(letter) < 32 or "\ud800" <= letter <= "\udfff" for letter in uri):
         raise ImageRejected(RejectReason.BAD_URI, f"{uri!r} holds a control character")
     scheme = _scheme_of(uri)
-    if scheme in _DEFAULT_PORTS:
+    if scheme in DEFAULT_PORTS:
         return http.read(uri)
     if scheme == "s3":
         return _read_s3(uri, config)
@@ -144,13 +127,6 @@ def _path_of_file_uri(uri: str) -> Path:
     return Path("/" + path)
 
 
-def _check_size(count_bytes: int, config: ImagesConfig) -> None:
-    if count_bytes > config.max_bytes:
-        raise ImageRejected(
-            RejectReason.TOO_MANY_BYTES, f"{count_bytes} bytes or more, limit {config.max_bytes}"
-        )
-
-
 def _read_below(folder: Path, name: str, config: ImagesConfig) -> bytes:
     try:
         base, path = folder.resolve(), (folder / name).resolve()
@@ -169,7 +145,7 @@ def _read_local(path: Path, config: ImagesConfig) -> bytes:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise ImageRejected(RejectReason.BAD_URI, f"{path} is not a regular file")
-            _check_size(status.st_size, config)
+            check_size(status.st_size, config)
             return file.read(config.max_bytes + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ImageRejected(RejectReason.NOT_FOUND, f"no file {path}") from error
@@ -230,223 +206,3 @@ def _read_s3(uri: str, config: ImagesConfig) -> bytes:
     except (OSError, botocore.exceptions.BotoCoreError) as error:
         raise ImageRejected(RejectReason.UNREACHABLE, f"{uri}: {error}") from error
     return found
-
-
-def _check_address(address: _IpAddress, *, named: bool) -> None:
-    """Refuse an address that is not public, unless the operator named the literal itself."""
-    inner = address
-    if isinstance(address, ipaddress.IPv6Address):
-        mapped = address.ipv4_mapped or address.sixtofour
-        low = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else None
-        inner = mapped or low or address
-    never = any(one.is_link_local or one in _METADATA for one in (address, inner))
-    public = inner.is_global and not inner.is_multicast
-    if never or not (public or named):
-        raise ImageRejected(RejectReason.ADDRESS_REFUSED, f"{address} is not a public address")
-
-
-def _as_address(host: str) -> _IpAddress | None:
-    try:
-        return ipaddress.ip_address(host)
-    except ValueError:
-        return None
-
-
-def _check_host(url: httpx.URL, config: ImagesConfig) -> None:
-    """Check scheme, host and port against http_hosts, before any name is resolved."""
-    if url.scheme not in _DEFAULT_PORTS or not url.host or url.userinfo:
-        raise ImageRejected(RejectReason.BAD_URI, "no host, credentials, or not http(s)")
-    host = url.raw_host.decode("ascii").lower()
-    address = _as_address(host)
-    if address is not None:
-        _check_address(address, named=True)  # link-local: refused even where it is listed
-    default = _DEFAULT_PORTS[url.scheme]
-    port = url.port or default
-    if not any(_matches(entry.lower(), host, port, default) for entry in config.http_hosts):
-        raise ImageRejected(
-            RejectReason.HTTP_NOT_ALLOWED, f"{host}:{port} is not in images.http_hosts"
-        )
-
-
-def _matches(entry: str, host: str, port: int, default_port: int) -> bool:
-    found = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::(\d+))?", entry)
-    name, listed_port = (found[1], found[2]) if found else (entry, None)
-    if port != int(listed_port or default_port):
-        return False
-    if name.startswith("*."):
-        return host.endswith(name[1:]) and len(host) > len(name) - 1
-    return host == name.strip("[]")
-
-
-class _DeadlineStream(httpcore.NetworkStream):
-    """A connection whose every read and write ends by the current thread's deadline."""
-
-    def __init__(self, stream: httpcore.NetworkStream, clock: "_Clock") -> None:
-        self._stream = stream
-        self._clock = clock
-
-    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._stream.read(max_bytes, self._clock.left_s())
-
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._stream.write(buffer, self._clock.left_s())
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def start_tls(
-        self,
-        ssl_context: ssl.SSLContext,
-        server_hostname: str | None = None,
-        timeout: float | None = None,
-    ) -> httpcore.NetworkStream:
-        left_s = self._clock.left_s()
-        stream = self._stream.start_tls(ssl_context, server_hostname, left_s)
-        return _DeadlineStream(stream, self._clock)
-
-    def get_extra_info(self, info: str) -> Any:  # noqa: ANN401 - as httpcore declares it
-        return self._stream.get_extra_info(info)
-
-
-class _Clock(threading.local):
-    """One deadline a thread: connections are shared, requests are not."""
-
-    deadline = 0.0
-
-    def start(self, timeout_s: float) -> None:
-        self.deadline = time.monotonic() + timeout_s
-
-    def left_s(self) -> float:
-        left_s = self.deadline - time.monotonic()
-        if left_s <= 0:
-            raise httpcore.ReadTimeout("deadline passed")
-        return left_s
-
-
-class _CheckedBackend(httpcore.NetworkBackend):
-    """Resolve a name once, check every address, and connect to what was checked."""
-
-    def __init__(self, clock: _Clock) -> None:
-        self._clock = clock
-        self._sockets = httpcore.SyncBackend()
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.NetworkStream:
-        try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            raise httpcore.ConnectError(f"can't resolve {host}: {error}") from error
-        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-        named = _as_address(host) is not None
-        for address in addresses:
-            _check_address(ipaddress.ip_address(address), named=named)
-        for address in addresses[:-1]:
-            try:
-                return self._connect(address, port, socket_options)
-            except httpcore.ConnectError:  # the next address may answer
-                continue
-        return self._connect(addresses[-1], port, socket_options)
-
-    def _connect(
-        self, address: str, port: int, options: Iterable[Any] | None
-    ) -> httpcore.NetworkStream:
-        left_s = self._clock.left_s()
-        stream = self._sockets.connect_tcp(address, port, left_s, None, options)
-        return _DeadlineStream(stream, self._clock)
-
-
-class _HttpFetcher:
-    """A pool of checked connections, for one batch."""
-
-    def __init__(self, config: ImagesConfig) -> None:
-        self._config = config
-        self._clock = _Clock()
-        self._pool = httpcore.ConnectionPool(
-            ssl_context=_ssl_context() if config.http_hosts else None,
-            max_connections=config.concurrency,
-            network_backend=_CheckedBackend(self._clock),
-        )
-
-    def __enter__(self) -> "_HttpFetcher":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.close()
-
-    def read(self, uri: str) -> bytes:
-        """Read one URI, following redirects that stay on allowed hosts.
-
-        Raises:
-            ImageRejected: With the reason; unreachable and timeout are worth another try.
-        """
-        try:
-            self._clock.start(self._config.timeout_s)
-            url = httpx.URL(uri)
-            for _ in range(MAX_REDIRECTS + 1):
-                found = self._request(url)
-                if isinstance(found, bytes):
-                    return found
-                url = found
-        except (httpx.InvalidURL, UnicodeError) as error:
-            raise ImageRejected(RejectReason.BAD_URI, f"not a URL: {error}") from error
-        except httpcore.TimeoutException as error:
-            detail = f"{url.host}: over {self._config.timeout_s} s"
-            raise ImageRejected(RejectReason.TIMEOUT, detail) from error
-        except (httpcore.NetworkError, httpcore.ProtocolError) as error:
-            raise ImageRejected(RejectReason.UNREACHABLE, f"{url.host}: {error}") from error
-        raise ImageRejected(RejectReason.HTTP_ERROR, f"over {MAX_REDIRECTS} redirects")
-
-    def _request(self, url: httpx.URL) -> bytes | httpx.URL:
-        """Return the body, or where the server sends us."""
-        _check_host(url, self._config)
-        target = httpcore.URL(
-            scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path
-        )
-        headers: list[tuple[bytes | str, bytes | str]] = [
-            ("Host", url.netloc),
-            ("Accept", "image/*"),
-            ("Accept-Encoding", "identity"),
-        ]
-        extensions = {"timeout": {"pool": self._clock.left_s()}}
-        with self._pool.stream("GET", target, headers=headers, extensions=extensions) as reply:
-            fields = httpx.Headers(reply.headers)
-            if reply.status in (301, 302, 303, 307, 308) and "location" in fields:
-                return url.join(fields["location"])
-            _check_status(reply.status, url.host)
-            return self._read_body(reply, fields)
-
-    def _read_body(self, reply: httpcore.Response, fields: httpx.Headers) -> bytes:
-        encoding = fields.get("content-encoding", "identity")
-        if encoding != "identity":  # never asked for; unpacking it could fill the memory
-            raise ImageRejected(RejectReason.HTTP_ERROR, f"Content-Encoding {encoding}")
-        length = fields.get("content-length", "")
-        if length.isdecimal():
-            _check_size(int(length), self._config)
-        body = bytearray()
-        for part in reply.iter_stream():
-            body += part
-            _check_size(len(body), self._config)
-        return bytes(body)
-
-
-def _check_status(status: int, host: str) -> None:
-    if 200 <= status < 300:
-        return
-    if status in (404, 410):
-        reason = RejectReason.NOT_FOUND
-    elif status >= 500 or status in _BUSY_STATUS:
-        reason = RejectReason.UNREACHABLE
-    else:
-        reason = RejectReason.HTTP_ERROR
-    raise ImageRejected(reason, f"{host} answered {status}")
-
-
-@functools.cache
-def _ssl_context() -> ssl.SSLContext:
-    return httpx.create_ssl_context()

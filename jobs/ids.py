@@ -11,9 +11,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
-from jobs.catalog import Catalog, Unit, read_unit
+from jobs.catalog import Catalog, Unit
 from jobs.cluster import gather
 from jobs.diff import locate
+from jobs.items import read_unit
 from jobs.schemas import vector_id
 from jobs.store import Store, scratch_folder
 

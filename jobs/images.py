@@ -150,6 +150,14 @@ class ImagesConfig:
                 raise ValueError(f"images.http_hosts: {entry!r} is not a host or *.domain")
 
 
+def check_size(count_bytes: int, config: ImagesConfig) -> None:
+    """Raise ImageRejected if an encoded image is larger than the limit."""
+    if count_bytes > config.max_bytes:
+        raise ImageRejected(
+            RejectReason.TOO_MANY_BYTES, f"{count_bytes} bytes or more, limit {config.max_bytes}"
+        )
+
+
 def decode_image(
     data: bytes, config: ImagesConfig, *, min_side_px: int | None = None
 ) -> Image.Image:

@@ -19,7 +19,8 @@ from jobs.catalog import Catalog, read_catalog
 from jobs.cluster import ray_session
 from jobs.config import GateConfig, JobConfig
 from jobs.diff import Diff, diff_catalog, locate, read_data_file, read_state, scan_catalog
-from jobs.embed import EmbedResult, EmbedTask, embed_items, embed_task, recipe
+from jobs.embed import EmbedResult, embed_items
+from jobs.embed_steps import EmbedTask, recipe
 from jobs.errors import CatalogError, ConfigError, GateError
 from jobs.evaluate import Measured, measure_queries
 from jobs.ids import write_ids
@@ -97,7 +98,15 @@ def refresh(config: JobConfig, progress: Progress) -> RefreshResult:
         with run.stage("compare the catalog with the store") as counted:
             plan, diff = _diff(store, catalog, encoder, config)
             counted["rows"] = len(plan)
-        task = embed_task(config, catalog, store, encoder, preprocess, diff.generation)
+        task = EmbedTask(
+            catalog=catalog,
+            images=config.images,
+            embed=config.embed,
+            store=store,
+            encoder=encoder,
+            preprocess=preprocess,
+            generation=diff.generation,
+        )
         embedded = _embed(run, task, diff)
         built = _build(run, config, task, plan, dim)
         return _conclude(run, config, task, diff, embedded, built)

@@ -18,7 +18,7 @@ from encoders.encoder import fuse
 from encoders.preprocess import load_tokenizer
 from indexing.build import read_index, set_nprobe
 from indexing.search import group_by_product, search_index
-from jobs.embed import checkpoint_cache, load_pixels
+from jobs.embed_steps import checkpoint_cache, load_pixels
 from jobs.errors import FingerprintError, JobError, StoreError
 from jobs.fetch import fetch_images
 from jobs.ids import Ids

@@ -23,7 +23,7 @@ from encoders.spec import PreprocessSpec
 from encoders.train import TrainBatch, TrainSpec, train_mim
 from indexing.metrics import recall_at_k
 from jobs.config import JobConfig, TrainConfig
-from jobs.embed import load_pixels
+from jobs.embed_steps import load_pixels
 from jobs.errors import CatalogError, ConfigError, JobError
 from jobs.fetch import fetch_images
 from jobs.images import ImageRejected, ImagesConfig

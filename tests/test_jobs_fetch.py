@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from jobs import fetch
+from jobs import fetch, fetch_http
 from jobs.fetch import fetch_images
 from jobs.images import ImageRejected, ImagesConfig, RejectReason
 
@@ -122,7 +122,7 @@ def test_retry_only_when_transient(server):
 
 
 def test_redirect_loop_ends(server, monkeypatch):
-    monkeypatch.setattr(fetch, "MAX_REDIRECTS", 2)
+    monkeypatch.setattr(fetch_http, "MAX_REDIRECTS", 2)
     config = config_for(server, timeout_s=2.0)
     assert one(f"http://{server}/r?/r?/r?/r?/ok", config) == RejectReason.HTTP_ERROR
 
@@ -154,7 +154,7 @@ def test_hosts(server):
     ],
 )
 def test_host_patterns(entry, host, matches):
-    assert fetch._matches(entry, host, 80, 80) is matches
+    assert fetch_http._matches(entry, host, 80, 80) is matches
 
 
 def test_every_resolved_address_is_checked(monkeypatch):
@@ -171,7 +171,7 @@ def test_every_resolved_address_is_checked(monkeypatch):
 )
 def test_disguised_addresses_are_refused(address):
     with pytest.raises(ImageRejected):
-        fetch._check_address(fetch._as_address(address), named=False)
+        fetch_http._check_address(fetch_http._as_address(address), named=False)
 
 
 def test_unreachable():

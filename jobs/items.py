@@ -1,0 +1,189 @@
+"""Reads a catalog's units as items: one (product, image) each, with its text and identity.
+
+A product without an image is one item too.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from jobs.catalog import VERSION_COLUMNS, Catalog, Unit, partition_values, template_names
+from jobs.errors import CatalogError
+from jobs.schemas import hash63, vector_id
+
+READ_ROWS = 256
+PLAN_DTYPE = np.dtype(
+    [("vector_id", "<i8"), ("content_hash", "<i8"), ("product", "<i8"), ("image_number", "<i4")]
+)
+"""What the diff keeps of an item: 28 bytes. `product` is the hash of the product's id."""
+
+
+def read_unit(catalog: Catalog, unit: Unit, physical: list[str]) -> Iterator[tuple[int, pa.Table]]:
+    """Yield a unit's rows in small tables of at most `READ_ROWS` rows.
+
+    Args:
+        catalog: The checked catalog.
+        unit: What to read.
+        physical: Columns of the file or of its partition path.
+
+    Yields:
+        (number of the first row in its row group, table).
+    """
+    values = partition_values(unit.file)
+    stored = [name for name in physical if name not in catalog.partitions]
+    filesystem = fsspec.core.url_to_fs(catalog.root)[0]
+    with filesystem.open(unit.file, "rb") as handle:
+        parquet = pq.ParquetFile(handle)
+        position = 0
+        for batch in parquet.iter_batches(READ_ROWS, row_groups=[unit.row_group], columns=stored):
+            first, position = position, position + batch.num_rows
+            if position <= unit.start:
+                continue
+            if first >= unit.stop:
+                return
+            low, high = max(first, unit.start), min(position, unit.stop)
+            table = pa.Table.from_batches([batch.slice(low - first, high - low)])
+            for name in set(physical) & set(catalog.partitions):
+                table = table.append_column(name, pa.array([values[name]] * table.num_rows))
+            yield low, table
+
+
+@dataclass(frozen=True)
+class Item:
+    """One (product, image) of the catalog: what is embedded as one row.
+
+    Attributes:
+        image: A URI, the encoded bytes, or None where the catalog has nothing.
+        text: The filled template; its length is not yet checked.
+    """
+
+    product_id: str
+    image_number: int
+    vector_id: int
+    content_hash: int
+    image: str | bytes | None = field(repr=False)
+    text: str = field(repr=False)
+
+    @property
+    def image_uri(self) -> str | None:
+        """The image's address, if it has one."""
+        return self.image if isinstance(self.image, str) else None
+
+
+def read_items(catalog: Catalog, unit: Unit, recipe: str) -> Iterator[list[Item]]:
+    """Yield a unit's items, in lists of some `READ_ROWS` products.
+
+    Args:
+        catalog: The checked catalog.
+        unit: What to read.
+        recipe: Names what is made of the content (fields, fusion weight); part of each
+            `content_hash`, so that another recipe embeds again.
+
+    Raises:
+        CatalogError: A product id is null or empty; the row is named.
+    """
+    physical = list(dict.fromkeys(catalog.columns.values()))
+    for first, table in read_unit(catalog, unit, physical):
+        items: list[Item] = []
+        columns = {ours: table[name].to_pylist() for ours, name in catalog.columns.items()}
+        for row in range(table.num_rows):
+            values = {ours: column[row] for ours, column in columns.items()}
+            if not values["product_id"]:
+                raise CatalogError(
+                    f"{unit.file}: row {first + row} of row group {unit.row_group} "
+                    f"has {'a null' if values['product_id'] is None else 'an empty'} product id"
+                )
+            items += _product_items(catalog, values, recipe)
+        yield items
+
+
+def _product_items(catalog: Catalog, values: dict[str, Any], recipe: str) -> Iterator[Item]:
+    names = template_names(catalog.text) if catalog.text else []
+    text = fill_template(catalog.text, {n: values.get(n) for n in names}) if names else ""
+    image = values.get("image")
+    images = list(image) if isinstance(image, list) else [image]
+    version = "|".join(str(values.get(name)) for name in VERSION_COLUMNS)
+    product_id = values["product_id"]
+    for number, one in enumerate(images or [None]):
+        if isinstance(one, dict):
+            one = one["bytes"] if one["bytes"] is not None else one["path"]
+        content = one.encode("utf-8", "replace") if isinstance(one, str) else (one or b"")
+        parts = (recipe.encode(), content, version.encode(), text.encode("utf-8", "replace"))
+        yield Item(
+            product_id=product_id,
+            image_number=number,
+            vector_id=vector_id(product_id, number),
+            content_hash=hash63(parts),
+            image=one,
+            text=text,
+        )
+
+
+def fill_template(template: str, values: dict[str, Any]) -> str:
+    """Fill a template; empty if all its columns are, whatever stands between them."""
+    texts = {name: _text(value) for name, value in values.items()}
+    if not any(texts.values()):
+        return ""
+    return template.format_map(texts).strip()
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return ", ".join(_text(v) for v in value)
+    return str(value).strip()
+
+
+def scan_unit(catalog: Catalog, unit: Unit, recipe: str) -> npt.NDArray[np.void]:
+    """Return what the diff needs of a unit's items.
+
+    Returns:
+        (N,) records of `PLAN_DTYPE`.
+    """
+    rows = [
+        (
+            item.vector_id,
+            item.content_hash,
+            hash63((item.product_id.encode("utf-8", "replace"),)),
+            item.image_number,
+        )
+        for items in read_items(catalog, unit, recipe)
+        for item in items
+    ]
+    return np.array(rows, dtype=PLAN_DTYPE)
+
+
+def check_unique(catalog: Catalog, plan: npt.NDArray[np.void]) -> None:
+    """Check that no two items share a vector id.
+
+    Args:
+        catalog: The catalog, read again only to name duplicates.
+        plan: (N,) records of `PLAN_DTYPE`, sorted by vector_id.
+
+    Raises:
+        CatalogError: A product id occurs twice (the ids are named), or two ids collide.
+    """
+    ids = plan["vector_id"]
+    twice = np.unique(ids[1:][ids[1:] == ids[:-1]])
+    if twice.size == 0:
+        return
+    physical = catalog.columns["product_id"]
+    wanted, counts = set(twice.tolist()), {}  # type: set[int], dict[str, int]
+    for unit in catalog.units:
+        for _, table in read_unit(catalog, unit, [physical]):
+            for value in pc.drop_null(table[physical]).to_pylist():
+                if vector_id(value, 0) in wanted:
+                    counts[value] = counts.get(value, 0) + 1
+    names = sorted(name for name, count in counts.items() if count > 1)
+    if not names:
+        raise CatalogError(f"the hashes of two product images collide: {sorted(counts)[:5]}")
+    shown = ", ".join(repr(n) for n in names[:10]) + (", …" if len(names) > 10 else "")
+    raise CatalogError(f"{len(names)} product ids occur more than once: {shown}")

@@ -88,16 +88,17 @@ def _written_files(task: EmbedTask, diff: Diff) -> Iterator[dict[str, Any]]:
     """Run the pipeline; yield one small row a written data file."""
     _set_data_context()
     gpus = cluster_gpus()
-    actors = task.embed.actors or gpus or cluster_cpus()
+    units = len(task.catalog.units)
+    actors = min(task.embed.actors or gpus or cluster_cpus(), units)
     # On CPUs the same slots everywhere, so that Ray fuses decoding into the actors and no pixel
     # crosses the object store; 0.75 leaves the writing tasks room. A GPU is fed by its own tasks.
     reading = {"num_cpus": 1.0 if gpus else CPU_ACTOR_SLOTS}
     embedding = {"num_gpus": 1} if gpus else reading
     threads = 1 if gpus else max(1, cluster_cpus() // actors)
     todo = ray.put(diff.todo)
-    units = [{"unit": number} for number in range(len(task.catalog.units))]
+    numbers = [{"unit": number} for number in range(units)]
     dataset: Dataset = (
-        ray.data.from_items(units, override_num_blocks=len(units))
+        ray.data.from_items(numbers, override_num_blocks=units)
         .map_batches(
             prepare_rows,
             batch_size=1,

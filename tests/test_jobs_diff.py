@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from jobs.catalog import PLAN_DTYPE
 from jobs.diff import OPERATIONS, STATE_DTYPE, TRANSIENT_REJECT, diff_catalog, locate
 from jobs.index import LiveRows, live_rows
+from jobs.items import PLAN_DTYPE
 from jobs.schemas import DELETE, REJECT, UPSERT
 
 

@@ -80,4 +80,6 @@ def test_stage_never_loads_the_other_core(module, absent):
 
 
 def test_no_test_lies_in_a_folder_named_like_a_package():
-    assert not [name for name in ("encoders", "indexing", "jobs") if (ROOT / "tests" / name).exists()]
+    assert not [
+        name for name in ("encoders", "indexing", "jobs") if (ROOT / "tests" / name).exists()
+    ]

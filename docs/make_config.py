@@ -4,13 +4,10 @@ Run `python docs/make_config.py` to write it, with `--check` to exit 1 if it is 
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
-from encoders.spec import EncoderSpec
 from jobs.config import config_keys
-from jobs.images import ImagesConfig
 
 TARGET = Path(__file__).resolve().parent / "config.md"
 HEAD = """# The configuration, key by key
@@ -22,35 +19,17 @@ is off unless it is given. An unknown key is an error that names the nearest rig
 be set from the command line with `--set section.key=value` (the value is YAML). Relative paths
 start from the working directory.
 """
-# These two are standard-library dataclasses: their keys are told in the docstring's Attributes.
-DOCUMENTED = {"encoder": EncoderSpec, "images": ImagesConfig}
-_ATTRIBUTE = re.compile(r"^    (\w+): (.+(?:\n     +\S.*)*)", re.MULTILINE)
-
-
-def read_attributes(docstring: str) -> dict[str, str]:
-    """Return the meaning of each attribute in a Google-style docstring, each on one line.
-
-    Args:
-        docstring: With an `Attributes:` section; empty dict without one.
-    """
-    section = docstring.partition("Attributes:\n")[2].partition("\n\n")[0]
-    lines = "\n".join(line.removeprefix("    ") for line in section.splitlines())
-    return {name: " ".join(text.split()) for name, text in _ATTRIBUTE.findall(lines)}
 
 
 def render_config() -> str:
     """Return docs/config.md as it should be.
 
     Raises:
-        ValueError: A key has no meaning, neither in its model nor in its docstring.
+        ValueError: A key has no meaning, in its model or docstring.
     """
     sections: dict[str, list[tuple[str, str, str]]] = {}
     for name, default, meaning in config_keys():
         section, _, key = name.rpartition(".")
-        if key.startswith("__"):  # a marker for pydantic, not a key
-            continue
-        if not meaning and section in DOCUMENTED:
-            meaning = read_attributes(DOCUMENTED[section].__doc__ or "").get(key, "")
         if not meaning:
             raise ValueError(f"{name} has no description")
         sections.setdefault(section, []).append((key, default, meaning))

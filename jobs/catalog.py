@@ -20,6 +20,8 @@ from jobs.errors import CatalogError
 
 IMAGE_COLUMNS = ("image_uri", "image")
 VERSION_COLUMNS = ("image_version", "updated_at")
+IMAGE_KINDS = "string/bytes/struct/list of strings/list of bytes/list of structs"
+NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 MIN_UNIT_ROWS = 256
 
 
@@ -142,10 +144,14 @@ def _root(path: str, filesystem: fsspec.AbstractFileSystem) -> str:
     return base.rstrip("/")
 
 
-def partition_values(file: str) -> dict[str, str]:
+def partition_values(file: str) -> dict[str, str | None]:
     """Read the `column=value` folders of a Hive partition's path."""
     parts = (part.partition("=") for part in file.split("/")[:-1])
-    return {key: unquote(value) for key, mark, value in parts if mark and key}
+    return {
+        key: None if value == NULL_PARTITION else unquote(value)
+        for key, mark, value in parts
+        if mark and key
+    }
 
 
 def template_names(template: str) -> list[str]:
@@ -155,9 +161,12 @@ def template_names(template: str) -> list[str]:
         CatalogError: The template is malformed or names no column.
     """
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise CatalogError(f"catalog.text {template!r} is malformed: {error}") from error
+    if any(layout or conversion for _, _, layout, conversion in parts):
+        raise CatalogError(f"catalog.text {template!r}: a column is named alone, as in '{{title}}'")
+    names = [str(name) for _, name, _, _ in parts]
     if not names or not all(name.isidentifier() for name in names):
         raise CatalogError(f"catalog.text {template!r}: expected column names as in '{{title}}'")
     return list(dict.fromkeys(names))
@@ -191,7 +200,7 @@ def _resolve(
         (n for n in IMAGE_COLUMNS if n in config.columns or n in schema.names), IMAGE_COLUMNS[0]
     )
     if need_images:
-        take(image_name, required=True, accepts="string/bytes/struct/list of images")
+        take(image_name, required=True, accepts=IMAGE_KINDS)
         if image_name in columns:
             columns["image"] = columns.pop(image_name)
         for name in VERSION_COLUMNS:
@@ -205,12 +214,10 @@ def _resolve(
         if not any(repr(name) in fault for fault in faults)
     ]
     kind = _kind(schema.field(columns["image"]).type) if "image" in columns else ""
-    has_bytes = kind in ("bytes", "struct") or (
-        kind == "list of images"
-        and _kind(schema.field(columns["image"]).type.value_type) in ("bytes", "struct")
-    )
+    has_bytes = kind in ("bytes", "struct", "list of bytes", "list of structs")
     image = {columns.get("image")}
-    binary = {f.name for f in schema if _kind(f.type) in ("bytes", "struct", "other")}
+    shown = ("string", "number", "time", "list of strings")
+    binary = {f.name for f in schema if _kind(f.type) not in shown}
     metadata = tuple(n for n in (*schema.names, *partitions) if n not in image | binary)
     return {
         "faults": faults,
@@ -234,7 +241,8 @@ def _kind(type_: pa.DataType) -> str:
         return "struct"
     if types.is_list(type_) or types.is_large_list(type_):
         inner = _kind(type_.value_type)
-        return "list of images" if inner in ("string", "bytes", "struct") else "other"
+        lists = {"string": "list of strings", "bytes": "list of bytes", "struct": "list of structs"}
+        return lists.get(inner, "other")
     if types.is_integer(type_) or types.is_floating(type_) or types.is_decimal(type_):
         return "number"
     if types.is_boolean(type_):

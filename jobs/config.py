@@ -3,10 +3,12 @@
 Every key, its default and its meaning is a field here; `docs/config.md` is generated from it.
 """
 
+import dataclasses
 import difflib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +20,7 @@ from encoders.spec import EncoderSpec
 from jobs.errors import ConfigError
 from jobs.images import ImagesConfig
 
+_ATTRIBUTE = re.compile(r"^    (\w+): (.+(?:\n     +\S.*)*)", re.MULTILINE)
 FieldName = Literal["image", "text", "multimodal"]
 
 
@@ -61,7 +64,10 @@ class EmbedConfig(Section):
     )
     batch_size: int = Field(default=64, gt=0, description="Rows a forward pass.")
     actors: int = Field(
-        default=0, ge=0, description="Embedding actors; 0: one a GPU, or one where there is none."
+        default=0,
+        ge=0,
+        description="Embedding actors; 0: one a GPU, or one a CPU where there is none. "
+        "Name it where GPU workers are started on demand.",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="auto: bf16 on a GPU, fp32 on a CPU."
@@ -275,10 +281,22 @@ def _section_fields(model: type[Any]) -> Iterator[tuple[str, tuple[Any, str, str
                 default = _plain(info.get_default(call_default_factory=True))
             yield name, (info.annotation, default, info.description or "")
         return
-    docs = getattr(model, "KEY_DOCS", {})
-    for name, field in model.__dataclass_fields__.items():
+    docs = read_attributes(model.__doc__ or "")
+    for field in dataclasses.fields(model):
+        name = field.name
         default = "none" if field.default is None else _plain(field.default)
         yield name, (field.type, default, docs.get(name, ""))
+
+
+def read_attributes(docstring: str) -> dict[str, str]:
+    """Return the meaning of each attribute in a Google-style docstring, each on one line.
+
+    Args:
+        docstring: With an `Attributes:` section; empty dict without one.
+    """
+    section = docstring.partition("Attributes:\n")[2].partition("\n\n")[0]
+    lines = "\n".join(line.removeprefix("    ") for line in section.splitlines())
+    return {name: " ".join(text.split()) for name, text in _ATTRIBUTE.findall(lines)}
 
 
 def _plain(value: object) -> str:

@@ -1,13 +1,12 @@
 """Writes and reads `ids.parquet`: what each vector id is, with that night's metadata."""
 
 import hashlib
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
@@ -106,19 +105,30 @@ def _write(store: Store, folder: str, *parts: pa.Table) -> dict[str, Any]:
     table = pa.concat_tables(parts, promote_options="permissive").sort_by("vector_id")
     path = scratch_folder("ids") / "ids.parquet"
     pq.write_table(table, path, compression="zstd", row_group_size=65_536)
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = _sha256(path)
     store.upload(path, "indexes", folder, path.name)
     path.unlink()
     path.parent.rmdir()
     return {"file": path.name, "sha256": sha256, "rows": table.num_rows}
 
 
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class Ids:
     """The opened table: finds rows by vector id with a binary search."""
 
-    def __init__(self, path: str) -> None:
-        """Open a local `ids.parquet`."""
+    def __init__(self, path: Path, *, sha256: str) -> None:
+        """Open a local `ids.parquet`.
+
+        Raises:
+            ValueError: The file is corrupted.
+        """
+        found = _sha256(path)
+        if found != sha256:
+            raise ValueError(f"{path.name} is corrupted: sha256 {found}, expected {sha256}")
         self.table = pq.read_table(path, memory_map=True)
         self.vector_id = self.table["vector_id"].to_numpy()
 
@@ -133,9 +143,3 @@ class Ids:
             raise ValueError(f"vector id {vector_ids[~known][0]} is not in ids.parquet")
         rows: list[dict[str, Any]] = self.table.take(places).to_pylist()
         return rows
-
-    def find_products(self, product_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Return the first row of each product that is there."""
-        kept = self.table.filter(pc.is_in(self.table["product_id"], pa.array(product_ids)))
-        rows = kept.sort_by("image_number").to_pylist()
-        return {row["product_id"]: row for row in reversed(rows)}

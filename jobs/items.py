@@ -35,7 +35,18 @@ def read_unit(catalog: Catalog, unit: Unit, physical: list[str]) -> Iterator[tup
 
     Yields:
         (number of the first row in its row group, table).
+
+    Raises:
+        CatalogError: The file is damaged.
     """
+    try:
+        yield from _read_unit(catalog, unit, physical)
+    except (pa.ArrowInvalid, OSError) as error:
+        detail = " ".join(str(error).split())
+        raise CatalogError(f"{unit.file}: no readable Parquet file: {detail}") from error
+
+
+def _read_unit(catalog: Catalog, unit: Unit, physical: list[str]) -> Iterator[tuple[int, pa.Table]]:
     values = partition_values(unit.file)
     stored = [name for name in physical if name not in catalog.partitions]
     filesystem = fsspec.core.url_to_fs(catalog.root)[0]
@@ -51,7 +62,9 @@ def read_unit(catalog: Catalog, unit: Unit, physical: list[str]) -> Iterator[tup
             low, high = max(first, unit.start), min(position, unit.stop)
             table = pa.Table.from_batches([batch.slice(low - first, high - low)])
             for name in set(physical) & set(catalog.partitions):
-                table = table.append_column(name, pa.array([values[name]] * table.num_rows))
+                table = table.append_column(
+                    name, pa.array([values[name]] * table.num_rows, pa.string())
+                )
             yield low, table
 
 
@@ -87,12 +100,18 @@ def read_items(catalog: Catalog, unit: Unit, recipe: str) -> Iterator[list[Item]
             `content_hash`, so that another recipe embeds again.
 
     Raises:
-        CatalogError: A product id is null or empty; the row is named.
+        CatalogError: A product id is null or empty, or a text is no UTF-8; the row is named.
     """
     physical = list(dict.fromkeys(catalog.columns.values()))
     for first, table in read_unit(catalog, unit, physical):
         items: list[Item] = []
-        columns = {ours: table[name].to_pylist() for ours, name in catalog.columns.items()}
+        try:
+            columns = {ours: table[name].to_pylist() for ours, name in catalog.columns.items()}
+        except UnicodeDecodeError as error:
+            raise CatalogError(
+                f"{unit.file}: a text in rows {first} to {first + len(table) - 1} of row group "
+                f"{unit.row_group} is no UTF-8: {error}"
+            ) from error
         for row in range(table.num_rows):
             values = {ours: column[row] for ours, column in columns.items()}
             if not values["product_id"]:

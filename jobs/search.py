@@ -27,6 +27,7 @@ from jobs.store import Store, scratch_folder
 
 Float32Array = npt.NDArray[np.float32]
 FORMAT_VERSION = 1
+MANIFEST_KEYS = {"encoder", "fields", "ids", "image_weight", "products"}
 FIELD_ORDER = ("multimodal", "image", "text")
 
 
@@ -70,7 +71,9 @@ class Searcher:
         """
         self.store, self.images = store, images or ImagesConfig()
         self.manifest = store.read_json("indexes", indexes, "manifest.json")
-        if self.manifest.get("format_version") != FORMAT_VERSION:
+        if self.manifest.get("format_version") != FORMAT_VERSION or MANIFEST_KEYS - set(
+            self.manifest
+        ):
             raise StoreError(f"{store.uri('indexes', indexes)}: unknown manifest format")
         if encoder is not None and encoder != self.manifest["encoder"]:
             raise FingerprintError(
@@ -93,7 +96,7 @@ class Searcher:
             self.indexes[name] = read_index(path, sha256=entry["sha256"])
             set_nprobe(self.indexes[name], entry["nprobe"])
         path = store.local_copy(cache, "indexes", indexes, self.manifest["ids"]["file"])
-        self.ids = Ids(str(path))
+        self.ids = Ids(path, sha256=self.manifest["ids"]["sha256"])
         directory = store.local_copy(checkpoint_cache(), "checkpoints", self.manifest["encoder"])
         self.encoder = load_encoder(
             directory, precision="auto", expected_fingerprint=self.manifest["encoder"]

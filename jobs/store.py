@@ -7,6 +7,7 @@ releases/                    Delta table, a row a release
 runs/<run>/                  report.json, report.html
 """
 
+import contextlib
 import json
 import tempfile
 import uuid
@@ -19,7 +20,7 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Schema, write_deltalake
-from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction
 
 from jobs.errors import PublishConflictError, StoreError
@@ -186,9 +187,13 @@ class Store:
 
     def releases(self) -> list[Release]:
         """List all releases, newest first; empty if nothing was published."""
-        if not DeltaTable.is_deltatable(self.uri("releases")):
+        if not self._has_table("releases"):
             return []
-        rows = pa.table(self._table("releases", RELEASES, None).to_pyarrow_table()).to_pylist()
+        try:
+            table = self._table("releases", RELEASES, None)
+            rows = pa.table(table.to_pyarrow_table()).to_pylist()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise StoreError(f"{self.uri('releases')} can't be read: {error}") from error
         releases = [Release(**(row | {"quality": json.loads(row["quality"])})) for row in rows]
         return sorted(releases, key=lambda release: -release.version)
 
@@ -238,14 +243,20 @@ class Store:
             f"{release.parent}; nothing of this run is visible: run it again"
         )
 
+    def _has_table(self, name: str) -> bool:
+        try:
+            return bool(DeltaTable.is_deltatable(self.uri(name)))
+        except DeltaError as error:
+            first = str(error).strip().splitlines()[0]
+            raise StoreError(f"{self.uri(name)} can't be opened: {first}") from error
+
     def _table(self, name: str, schema: pa.Schema, version: int | None) -> DeltaTable:
         address = self.uri(name)
         try:
-            table = DeltaTable(address, version=version)
-        except TableNotFoundError:
-            if self.is_local:
-                Path(address).mkdir(parents=True, exist_ok=True)
-            table = DeltaTable.create(address, schema=schema, mode="ignore")
+            table = _open_table(address, schema, version)
+        except DeltaError as error:
+            first = str(error).strip().splitlines()[0]
+            raise StoreError(f"{address} can't be opened: {first}") from error
         found = pa.schema(table.schema().to_arrow())
         if set(found.names) != set(schema.names):
             raise StoreError(
@@ -253,6 +264,18 @@ class Store:
                 "it is no table of this version of Vitrine"
             )
         return table
+
+
+def _open_table(address: str, schema: pa.Schema, version: int | None) -> DeltaTable:
+    """Open a table; create it empty if there is none."""
+    try:
+        return DeltaTable(address, version=version)
+    except TableNotFoundError:
+        if "://" not in address:
+            Path(address).mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(CommitFailedError):  # another job created it at this moment
+            DeltaTable.create(address, schema=schema, mode="ignore")
+        return DeltaTable(address, version=version)
 
 
 def scratch_folder(name: str) -> Path:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,9 @@ WORKER_ENVIRONMENT = {
 QUIET_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray's core warns in each job of its own actor pool's arguments (ray #53727), on our standard
+    # error. What goes wrong reaches us as exceptions.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 
 
@@ -40,17 +44,32 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         "object_store_memory": config.object_store_mb * 2**20,
         "include_dashboard": False,
     }
-    ray.init(
-        address=config.address or "local",
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": WORKER_ENVIRONMENT},
-        **({} if config.address else local),
-    )
+    with _muted_native_stderr():  # there the core would announce the log level it was given
+        ray.init(
+            address=config.address or "local",
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env={"env_vars": WORKER_ENVIRONMENT},
+            **({} if config.address else local),
+        )
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _muted_native_stderr() -> Iterator[None]:
+    """Drop what native code writes to file descriptor 2; Python's exceptions pass."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def gather(refs: Sequence[Any]) -> list[Any]:

@@ -21,7 +21,7 @@ from jobs.config import GateConfig, JobConfig
 from jobs.diff import Diff, diff_catalog, locate, read_data_file, read_state, scan_catalog
 from jobs.embed import EmbedResult, embed_items
 from jobs.embed_steps import EmbedTask, recipe
-from jobs.errors import CatalogError, ConfigError, GateError
+from jobs.errors import CatalogError, ConfigError, GateError, StoreError
 from jobs.evaluate import Measured, measure_queries
 from jobs.ids import write_ids
 from jobs.index import FieldIndex, LiveRows, build_index, live_rows
@@ -139,6 +139,8 @@ def add_encoder(config: JobConfig, store: Store) -> tuple[str, PreprocessSpec, i
         store.add_checkpoint(directory, fingerprint)
     except ValueError as error:
         raise ConfigError(f"encoder: {error}") from error
+    except OSError as error:
+        raise StoreError(f"store {store.root} can't be written: {error}") from error
     finally:
         shutil.rmtree(directory)
     return fingerprint, preprocess, int(model_config["embed_dim"])

@@ -246,7 +246,7 @@ class Store:
     def _has_table(self, name: str) -> bool:
         try:
             return bool(DeltaTable.is_deltatable(self.uri(name)))
-        except DeltaError as error:
+        except (DeltaError, OSError) as error:
             first = str(error).strip().splitlines()[0]
             raise StoreError(f"{self.uri(name)} can't be opened: {first}") from error
 
@@ -254,7 +254,7 @@ class Store:
         address = self.uri(name)
         try:
             table = _open_table(address, schema, version)
-        except DeltaError as error:
+        except (DeltaError, OSError) as error:
             first = str(error).strip().splitlines()[0]
             raise StoreError(f"{address} can't be opened: {first}") from error
         found = pa.schema(table.schema().to_arrow())

@@ -166,7 +166,7 @@ def test_report_is_measured_and_self_contained(chain):
     assert all(index["why"] for index in report["indexes"])
     assert report["labelled"]["queries"] > 0
     assert {"embed", "embed: decode"} <= {stage["stage"] for stage in report["stages"]}
-    assert not re.search(r"""(src|href)\s*=\s*["']?(?!data:)|url\(|@import|<script""", page)
+    assert not re.search(r"""(src|href)\s*=\s*(?!["']?data:)|url\(|@import|<script""", page)
     assert "data:image/jpeg;base64," in page
 
 
@@ -369,7 +369,7 @@ def write_catalog(path, **columns):
         ({"product_id": [1, 2]}, (), ["'product_id' is int64", "expected string"]),
         ({"title": []}, (), ["empty: 1 files, 0 rows"]),
         ({}, ("catalog.path=/nowhere/x.parquet",), ["/nowhere/x.parquet does not exist"]),
-        ({}, ("catalog.text={title",), ["malformed"]),
+        ({}, ("catalog.text='{title'",), ["malformed"]),
         ({}, ("catalog.pth=x",), ["'catalog.pth'", "did you mean 'catalog.path'"]),
         ({}, ("embed.batch_size=no",), ["embed.batch_size"]),
         ({}, ("encoder.architecture=ViT-Z-99",), ["ViT-Z-99"]),

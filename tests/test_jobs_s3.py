@@ -98,7 +98,7 @@ def s3(tmp_path_factory):
     finally:
         server.terminate()
         try:
-            server.wait(15)
+            server.wait(2)
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()

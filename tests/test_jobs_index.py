@@ -107,10 +107,10 @@ def test_impossible_index_is_a_config_error(session, tmp_path):
 
 def test_other_engines_read_the_table(tmp_path):
     store = Store(str(tmp_path))
-    ids, vectors = make_table(store)
+    ids, _ = make_table(store)
     files = [store.uri("embeddings", name) for name in store.embedding_files(1)]
-    count, low, width = duckdb.sql(
+    ((count, low, width),) = duckdb.sql(
         "select count(*), min(vector_id), max(len(image_embedding)) "
         f"from read_parquet({files!r}) where operation = 'upsert'"
-    ).fetchone()
+    ).fetchall()
     assert (count, low, width) == (ROWS, ids[0], DIM)

@@ -21,7 +21,7 @@ KEYS = ("vector_id", "product_id", "image_number", "image_uri")
 
 
 def write_ids(
-    catalog: Catalog, live: npt.NDArray[np.int64], store: Store, folder: str
+    catalog: Catalog, live: npt.NDArray[np.int64], most_images: int, store: Store, folder: str
 ) -> dict[str, Any]:
     """Write one row a live vector, sorted by `vector_id`; metadata is the struct `metadata`.
 
@@ -30,6 +30,7 @@ def write_ids(
     Args:
         catalog: Read again for its metadata: price and stock are tonight's.
         live: (N,) sorted vector ids.
+        most_images: The most images of any product.
         store: Where to write.
         folder: Name below `indexes/`.
 
@@ -37,19 +38,21 @@ def write_ids(
         The manifest's entry: file, sha256, rows.
     """
     reference, described = ray.put(live), ray.put(catalog)
-    parts = [_unit_ids.remote(described, unit, reference) for unit in catalog.units]
+    parts = [_unit_ids.remote(described, unit, reference, most_images) for unit in catalog.units]
     entry: dict[str, Any] = gather([_write.remote(store, folder, *parts)])[0]
     return entry
 
 
 @ray.remote(num_cpus=1)
-def _unit_ids(catalog: Catalog, unit: Unit, live: npt.NDArray[np.int64]) -> pa.Table:
+def _unit_ids(
+    catalog: Catalog, unit: Unit, live: npt.NDArray[np.int64], most_images: int
+) -> pa.Table:
     product, image = catalog.columns["product_id"], catalog.columns.get("image")
     wanted = [product, *catalog.metadata]
     if image is not None and not catalog.has_bytes:
         wanted.append(image)
     tables = [
-        _select(table, product, image, catalog, live)
+        _select(table, product, image, live, most_images if catalog.has_bytes else 0)
         for _, table in read_unit(catalog, unit, list(dict.fromkeys(wanted)))
     ]
     return pa.concat_tables(tables, promote_options="permissive")
@@ -59,34 +62,34 @@ def _select(
     table: pa.Table,
     product: str,
     image: str | None,
-    catalog: Catalog,
     live: npt.NDArray[np.int64],
+    numbers: int,
 ) -> pa.Table:
-    """Return one row a live vector of the table's products."""
-    stored = image is not None and not catalog.has_bytes
-    uris = table[image].to_pylist() if stored else [None] * len(table)
+    """Return one row a live vector; where images are bytes, not read again, try all numbers."""
+    uris = table[image].to_pylist() if image in table.column_names else [None] * len(table)
     rows: list[tuple[int, str, int, str | None]] = []
     places: list[int] = []
     for place, name in enumerate(table[product].to_pylist()):
-        found = _live_images(name, uris[place], catalog.has_bytes, live)
+        found = _live_images(name, uris[place], numbers, live)
         rows += found
         places += [place] * len(found)
     keys = list(zip(*rows, strict=True)) or [(), (), (), ()]
     types = (pa.int64(), pa.string(), pa.int32(), pa.string())
     arrays = [pa.array(k, t) for k, t in zip(keys, types, strict=True)]
-    taken = table.select(list(catalog.metadata)).take(pa.array(places, pa.int64()))
+    taken = table.select([n for n in table.column_names if n not in (image,)]).take(
+        pa.array(places, pa.int64())
+    )
     columns = [taken[name].combine_chunks() for name in taken.column_names]
     metadata = pa.StructArray.from_arrays(columns, names=taken.column_names)
     return pa.table(dict(zip(KEYS, arrays, strict=True)) | {"metadata": metadata})
 
 
 def _live_images(
-    product_id: str, uris: list[str] | str | None, has_bytes: bool, live: npt.NDArray[np.int64]
+    product_id: str, uris: list[str] | str | None, least_numbers: int, live: npt.NDArray[np.int64]
 ) -> list[tuple[int, str, int, str | None]]:
     """Return (vector id, product id, image number, URI) of a product's live images."""
     listed: list[str | None] = list(uris) if isinstance(uris, list) else [uris]
-    # Images that the catalog holds as bytes are not read again: all numbers are tried.
-    numbers = range(MAX_IMAGES if has_bytes else max(1, len(listed)))
+    numbers = range(max(1, least_numbers, len(listed)))
     ids = np.array([vector_id(product_id, number) for number in numbers], np.int64)
     _, there = locate(live, ids)
     return [
@@ -94,10 +97,6 @@ def _live_images(
         for n in numbers
         if there[n]
     ]
-
-
-MAX_IMAGES = 64
-"""Images a product that are looked for where the catalog holds their bytes."""
 
 
 @ray.remote(num_cpus=1)

@@ -178,7 +178,8 @@ def _build(run: Run, config: JobConfig, task: EmbedTask, plan: Any, dim: int) ->
                     build_index(name, live, dim, config.index, store, target, run.progress.step)
                 )
                 counted["rows"] = indexes[-1].ntotal
-        _write_manifest(run, config, task, live, indexes)
+        most_images = int(plan["image_number"].max()) + 1
+        _write_manifest(run, config, task, live, indexes, most_images)
         with run.stage("measure queries") as counted:
             measured = measure_queries(
                 config.evaluate,
@@ -228,10 +229,15 @@ def summarize_rejects(
 
 
 def _write_manifest(
-    run: Run, config: JobConfig, task: EmbedTask, live: LiveRows, indexes: list[FieldIndex]
+    run: Run,
+    config: JobConfig,
+    task: EmbedTask,
+    live: LiveRows,
+    indexes: list[FieldIndex],
+    most_images: int,
 ) -> None:
     """Write ids.parquet and, last of all, the manifest that makes the index version whole."""
-    ids = write_ids(task.catalog, live.vector_id, task.store, run.run_id)
+    ids = write_ids(task.catalog, live.vector_id, most_images, task.store, run.run_id)
     if ids["rows"] != len(live.vector_id):
         raise CatalogError(
             f"the catalog changed while it was read: {len(live.vector_id)} live rows, "

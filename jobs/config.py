@@ -72,9 +72,13 @@ class EmbedConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="auto: bf16 on a GPU, fp32 on a CPU."
     )
-    rows_per_file: int = Field(default=8192, gt=0, description="Most rows in one data file.")
+    rows_per_file: int = Field(
+        default=2048,
+        gt=0,
+        description="Most rows in one data file: what a killed job loses at most an actor.",
+    )
     commit_interval_s: float = Field(
-        default=30.0, gt=0, description="Embedded files are committed at least this often."
+        default=30.0, gt=0, description="Written files are committed together, at most this often."
     )
 
 

@@ -2,23 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from indexing.metrics import mean_reciprocal_rank, recall_at_k
 from jobs.catalog import Catalog, template_names
 from jobs.cluster import gather
 from jobs.config import EvaluateConfig
-from jobs.errors import CatalogError, JobError
+from jobs.errors import JobError
 from jobs.fetch import fetch_images
 from jobs.images import ImagesConfig
 from jobs.items import fill_template
+from jobs.pairs import read_pairs
 from jobs.store import Store
 
 RECALL_KS = (1, 5, 10)
@@ -74,19 +71,10 @@ def read_queries(config: EvaluateConfig, *, use_images: bool) -> tuple[list[Quer
         The queries, and the folder that relative image URIs start from.
 
     Raises:
-        CatalogError: The file is missing or lacks the columns.
+        CatalogError: The file can't be read, lacks the columns or is empty.
     """
-    path = str(config.queries)
-    filesystem, local = fsspec.core.url_to_fs(path)
-    try:
-        with filesystem.open(local, "rb") as handle:
-            table = pq.read_table(handle)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise CatalogError(f"evaluate.queries {path} can't be read: {error}") from error
     column = "query_image_uri" if use_images else "query_text"
-    missing = [name for name in ("product_id", column) if name not in table.column_names]
-    if missing:
-        raise CatalogError(f"evaluate.queries {path} has no column {', '.join(missing)}")
+    table, root = read_pairs(str(config.queries), ("product_id", column), key="evaluate.queries")
     picked = np.random.default_rng(0).permutation(table.num_rows)[: config.max_queries]
     rows = table.take(np.sort(picked)).to_pylist()
     queries = [
@@ -98,8 +86,7 @@ def read_queries(config: EvaluateConfig, *, use_images: bool) -> tuple[list[Quer
         for row in rows
         if row[column] and row["product_id"]
     ]
-    root = path.rpartition("/")[0] or "."
-    return queries, root if "://" in root else str(Path(root).absolute())
+    return queries, root
 
 
 def measure_queries(

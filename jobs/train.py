@@ -11,11 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from encoders.checkpoint import create_checkpoint, load_encoder, load_model, save_checkpoint
 from encoders.preprocess import Tokenizer, load_tokenizer
@@ -24,9 +21,10 @@ from encoders.train import TrainBatch, TrainSpec, train_mim
 from indexing.metrics import recall_at_k
 from jobs.config import JobConfig, TrainConfig
 from jobs.embed_steps import load_pixels
-from jobs.errors import CatalogError, ConfigError, JobError
+from jobs.errors import ConfigError, JobError
 from jobs.fetch import fetch_images
 from jobs.images import ImageRejected, ImagesConfig
+from jobs.pairs import read_pairs
 from jobs.progress import Progress
 from jobs.schemas import hash63
 from jobs.store import scratch_folder
@@ -63,25 +61,16 @@ class TrainResult:
 class Pairs:
     """Pairs of one Parquet file; pictures are decoded once and kept while they fit a bound."""
 
-    def __init__(self, path: str, images: ImagesConfig, preprocess: PreprocessSpec) -> None:
-        """Read the table.
+    def __init__(
+        self, path: str, key: str, images: ImagesConfig, preprocess: PreprocessSpec
+    ) -> None:
+        """Read the table; see `jobs.pairs.read_pairs`.
 
         Raises:
-            CatalogError: The file can't be read or lacks columns.
+            CatalogError: The file can't be read, lacks columns or is empty.
         """
-        filesystem, local = fsspec.core.url_to_fs(path)
-        try:
-            with filesystem.open(local, "rb") as handle:
-                table = pq.read_table(handle)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise CatalogError(f"pairs {path} can't be read: {error}") from error
-        missing = [name for name in PAIR_COLUMNS if name not in table.column_names]
-        if missing or not table.num_rows:
-            fault = f"has no column {', '.join(missing)}" if missing else "is empty"
-            raise CatalogError(f"pairs {path} {fault}")
-        self.rows: list[dict[str, Any]] = table.select(PAIR_COLUMNS).to_pylist()
-        root = path.rpartition("/")[0] or "."
-        self._root = root if "://" in root else str(Path(root).absolute())
+        table, self._root = read_pairs(path, PAIR_COLUMNS, key=key)
+        self.rows: list[dict[str, Any]] = table.to_pylist()
         self._images, self._preprocess = images, preprocess
         self._cache: dict[str, npt.NDArray[np.uint8] | None] = {}
         self._cached_bytes = 0
@@ -128,7 +117,7 @@ def train(config: JobConfig, destination: Path, progress: Progress) -> TrainResu
         tokenizer = load_tokenizer(model_config)
     except ValueError as error:
         raise ConfigError(f"encoder: {error}") from error
-    pairs = Pairs(config.train.pairs, config.images, preprocess)
+    pairs = Pairs(config.train.pairs, "train.pairs", config.images, preprocess)
     usable = _usable_rows(pairs, progress)
     if len(usable) < config.train.batch_size:
         raise JobError(
@@ -231,7 +220,7 @@ def _validate(
     if config.train is None or config.train.validation is None:
         return {}
     progress.stage("validate")
-    pairs = Pairs(config.train.validation, config.images, preprocess)
+    pairs = Pairs(config.train.validation, "train.validation", config.images, preprocess)
     rows = pairs.rows[:MAX_VALIDATION_PAIRS]
     rows = [row for row in rows if _is_usable(pairs, row)]
     if not rows:

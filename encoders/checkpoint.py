@@ -1,25 +1,26 @@
 """Checkpoints: a directory of encoder.json and model.safetensors, known by its fingerprint.
 
-encoder.json holds the whole open_clip model config and the preprocessing, so that loading
-needs neither a registry of models nor a network. It is written last: without it there is
-no checkpoint.
+encoder.json holds the whole open_clip model config, the preprocessing and the fusion; a Hugging
+Face text tower's own config and tokenizer lie in a folder beside it. So loading needs neither a
+registry of models nor a network. encoder.json is written last: without it there is no checkpoint.
 """
 
 import hashlib
 import json
 import os
-import pickle
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from encoders.encoder import OpenClipEncoder, build_model, read_model_config
+from encoders.encoder import Encoder, MsrEncoder, OpenClipEncoder
+from encoders.fusion import FusionSpec
+from encoders.msr import MsrModel
+from encoders.preprocess import TokenizeTexts, join_tokenizers, load_tokenizer
 from encoders.spec import (
     RANDOM,
     EncoderSpec,
@@ -27,19 +28,66 @@ from encoders.spec import (
     PreprocessSpec,
     check_file,
     check_model_config,
-    first_line,
+    context_length,
     image_size_px,
     read_json,
+)
+from encoders.towers import build_model, build_text_tower, read_model_config
+from encoders.weights import (
+    HF_FILES,
+    build_loaded,
+    download_tag,
+    hf_folder,
+    load_exactly,
+    load_image_weights,
+    load_text_weights,
+    read_tensors,
+    read_weights_file,
 )
 
 CONFIG_FILE = "encoder.json"
 WEIGHTS_FILE = "model.safetensors"
 
-_FORMAT_VERSION = 1
-_KIND = "open_clip"
-_MAX_FAULTS_SHOWN = 4
+_FORMAT_VERSION = 2
+_KINDS = ("open_clip", "msr")
+_HF_KEYS = ("hf_model_name", "hf_tokenizer_name")
 _CHUNK_BYTES = 1 << 20
-_TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What an encoder is, without its weights.
+
+    Attributes:
+        model_config: An open_clip model config; the paths in it are absolute.
+        preprocess: The image tower's preprocessing.
+        fusion: How its vectors are fused; any kind but "sum" is an MSR encoder.
+        text_config: The open_clip `text_cfg` of an msr4 encoder's fourth tower.
+    """
+
+    model_config: ModelConfig
+    preprocess: PreprocessSpec
+    fusion: FusionSpec = field(default_factory=FusionSpec)
+    text_config: ModelConfig | None = None
+
+    @property
+    def dim(self) -> int:
+        """D of the vectors that are stored."""
+        dim = int(self.model_config["embed_dim"])
+        return 2 * dim if self.fusion.kind == "mlp" and self.text_config is not None else dim
+
+    @property
+    def is_msr(self) -> bool:
+        """Whether the model is an MSR model."""
+        return self.fusion.kind != "sum"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizers:
+    """The two roles of text; for all but msr4 encoders it is one tokenizer."""
+
+    product: TokenizeTexts
+    query: TokenizeTexts
 
 
 def create_checkpoint(spec: EncoderSpec, directory: str | Path) -> str:
@@ -71,64 +119,78 @@ def create_checkpoint(spec: EncoderSpec, directory: str | Path) -> str:
         # Builds with the tag's activation: with the other GELU the same weights score worse.
         config["quick_gelu"] = bool(tag.get("quick_gelu", False))
         overrides = tag
-        model = _build_loaded(config, _download_tag(name, pretrained), f"tag {pretrained}")
+        model = build_loaded(config, download_tag(name, pretrained), f"tag {pretrained}")
     else:
-        model = _build_loaded(config, _read_weights_file(Path(pretrained), name), pretrained)
-    return save_checkpoint(model, config, _build_preprocess(config, overrides), directory)
+        model = build_loaded(config, read_weights_file(Path(pretrained), name), pretrained)
+    if spec.image_weights is not None:
+        load_image_weights(model, Path(spec.image_weights))
+    if spec.text_weights is not None:
+        load_text_weights(model, Path(spec.text_weights))
+    found = CheckpointConfig(model_config=config, preprocess=_build_preprocess(config, overrides))
+    return save_checkpoint(model, found, directory)
 
 
-def save_checkpoint(
-    model: torch.nn.Module,
-    model_config: ModelConfig,
-    preprocess: PreprocessSpec,
-    directory: str | Path,
-) -> str:
+def save_checkpoint(model: torch.nn.Module, config: CheckpointConfig, directory: str | Path) -> str:
     """Write a model as a checkpoint; an older one there is replaced.
 
     Args:
-        model: An open_clip model, on any device.
-        model_config: The open_clip config that it was built from.
-        preprocess: Its preprocessing.
+        model: The model of that config, on any device.
+        config: What it was built from.
         directory: Where to write; made if missing.
 
     Returns:
         The fingerprint.
 
     Raises:
-        ValueError: The config has a value that JSON can't hold.
+        ValueError: The config has a value that JSON can't hold, or names a Hugging Face model
+            that can't be had.
     """
-    header = {
-        "format_version": _FORMAT_VERSION,
-        "kind": _KIND,
-        "model_config": model_config,
-        "preprocess": asdict(preprocess),
-    }
-    try:
-        text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    except TypeError as error:
-        raise ValueError(f"the model config is not JSON: {error}") from error
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
     (root / CONFIG_FILE).unlink(missing_ok=True)
+    model_config = json.loads(_to_json(config.model_config))
+    model_config["text_cfg"] = _keep_hf_files(model_config["text_cfg"], root, "text")
+    text_config = json.loads(_to_json(config.text_config or {}))
+    text_config = _keep_hf_files(text_config, root, "query-text") or None
+    header = {
+        "format_version": _FORMAT_VERSION,
+        "kind": "msr" if config.is_msr else "open_clip",
+        "model_config": model_config,
+        "preprocess": asdict(config.preprocess),
+        "fusion": asdict(config.fusion),
+        "text_config": text_config,
+    }
     tensors = {
         key: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
         for key, tensor in model.state_dict().items()
     }
     save_file(tensors, root / WEIGHTS_FILE)
-    _write_last(root / CONFIG_FILE, f"{text}\n".encode())
+    _write_last(root / CONFIG_FILE, f"{_to_json(header)}\n".encode())
     return fingerprint(root)
 
 
+def checkpoint_files(directory: str | Path) -> list[str]:
+    """List a checkpoint's files, relative to it; encoder.json, the mark that it is whole, last.
+
+    Raises:
+        ValueError: A file is missing.
+    """
+    root = Path(directory)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        check_file(root / name)
+    beside = sorted(f"{path.parent.name}/{path.name}" for path in root.glob("*-tower/*"))
+    return [WEIGHTS_FILE, *beside, CONFIG_FILE]
+
+
 def fingerprint(directory: str | Path) -> str:
-    """Return the sha256, in hex, of both files' names, lengths and bytes.
+    """Return the sha256, in hex, of all files' names, lengths and bytes.
 
     Raises:
         ValueError: A file is missing.
     """
     digest = hashlib.sha256()
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
+    for name in sorted(checkpoint_files(directory)):
         path = Path(directory) / name
-        check_file(path)
         digest.update(f"{name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
@@ -142,7 +204,7 @@ def load_encoder(
     device: str | None = None,
     precision: str = "auto",
     expected_fingerprint: str | None = None,
-) -> OpenClipEncoder:
+) -> Encoder:
     """Load a checkpoint as a live encoder.
 
     Args:
@@ -164,51 +226,159 @@ def load_encoder(
             f"{directory} has the fingerprint {found[:12]}, expected"
             f" {expected_fingerprint[:12]}: its vectors would belong to another space"
         )
-    model, config, preprocess = load_model(directory)
-    return OpenClipEncoder(
-        model, config, preprocess, fingerprint=found, device=device, precision=precision
+    model, config = load_model(directory)
+    return wrap_model(model, config, fingerprint=found, device=device, precision=precision)
+
+
+def wrap_model(
+    model: torch.nn.Module,
+    config: CheckpointConfig,
+    *,
+    fingerprint: str,
+    device: str | None = None,
+    precision: str = "auto",
+) -> Encoder:
+    """Make a live encoder of a model that is in memory; it is moved and set to evaluation.
+
+    Args:
+        model: The model of that config.
+        config: What it is.
+        fingerprint: The name of its vector space.
+        device: As `load_encoder`.
+        precision: As `load_encoder`.
+
+    Raises:
+        ValueError: `precision` is unknown.
+    """
+    build: Any = MsrEncoder if config.is_msr else OpenClipEncoder
+    encoder: Encoder = build(
+        model,
+        config.preprocess,
+        dim=config.dim,
+        length_tokens=context_length(config.model_config),
+        fingerprint=fingerprint,
+        fusion=config.fusion,
+        device=device,
+        precision=precision,
     )
+    return encoder
 
 
-def load_model(
-    directory: str | Path,
-) -> tuple[torch.nn.Module, ModelConfig, PreprocessSpec]:
-    """Load a checkpoint's model on the CPU, its open_clip config and its preprocessing.
+def load_model(directory: str | Path) -> tuple[torch.nn.Module, CheckpointConfig]:
+    """Load a checkpoint's model on the CPU: an open_clip model, or an MsrModel.
 
     Raises:
         ValueError: As `load_encoder`.
     """
     root = Path(directory)
-    config, preprocess = read_checkpoint_config(root)
-    size_px = image_size_px(config)
-    if preprocess.size_px != size_px:
-        raise ValueError(f"{root}: pixels of {preprocess.size_px}, but a model of {size_px}")
-    model = _build_loaded(config, _read_tensors(root / WEIGHTS_FILE), str(root))
-    return model, config, preprocess
+    config = read_checkpoint_config(root)
+    size_px = image_size_px(config.model_config)
+    if config.preprocess.size_px != size_px:
+        raise ValueError(f"{root}: pixels of {config.preprocess.size_px}, but a model of {size_px}")
+    model = build_checkpoint_model(config)
+    load_exactly(model, read_tensors(root / WEIGHTS_FILE), str(root))
+    return model, config
 
 
-def read_checkpoint_config(directory: str | Path) -> tuple[ModelConfig, PreprocessSpec]:
-    """Read a checkpoint's open_clip model config and its preprocessing, without its weights.
+def build_checkpoint_model(config: CheckpointConfig, *, seed: int = 0) -> torch.nn.Module:
+    """Build a config's model with random weights, the same for the same seed.
+
+    Raises:
+        ValueError: open_clip refuses the config.
+    """
+    clip = build_model(config.model_config, seed=seed)
+    if not config.is_msr:
+        return clip
+    dim, text, text_tokens = int(config.model_config["embed_dim"]), None, 0
+    if config.text_config is not None:
+        text = build_text_tower(config.text_config, dim, seed=seed)
+        text_tokens = context_length({"text_cfg": config.text_config})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MsrModel(clip, dim, config.fusion.kind, text=text, text_tokens=text_tokens).eval()
+
+
+def load_tokenizers(source: str | Path | CheckpointConfig) -> Tokenizers:
+    """Load the tokenizers of an encoder's text towers.
+
+    Args:
+        source: A checkpoint, or its config.
+
+    Raises:
+        ValueError: One can't be loaded.
+    """
+    config = source if isinstance(source, CheckpointConfig) else read_checkpoint_config(source)
+    clip = load_tokenizer(config.model_config)
+    if config.text_config is None:
+        return Tokenizers(product=clip, query=clip)
+    text = load_tokenizer({"text_cfg": config.text_config})
+    return Tokenizers(product=text, query=join_tokenizers(text, clip))
+
+
+def read_checkpoint_config(directory: str | Path) -> CheckpointConfig:
+    """Read what a checkpoint is, without its weights.
 
     Raises:
         ValueError: encoder.json is missing, is no JSON, or has an unknown format.
     """
-    path = Path(directory) / CONFIG_FILE
+    root = Path(directory)
+    path = root / CONFIG_FILE
     header = read_json(path)
     version, kind = header.get("format_version"), header.get("kind")
-    if version != _FORMAT_VERSION or kind != _KIND:
+    if version != _FORMAT_VERSION or kind not in _KINDS:
         raise ValueError(
-            f"{path}: format {version!r} of kind {kind!r}, expected {_FORMAT_VERSION} of {_KIND!r}"
+            f"{path}: format {version!r} of kind {kind!r}, expected {_FORMAT_VERSION} of {_KINDS}"
         )
     try:
         values = dict(header["preprocess"])
         values |= {"mean": tuple(values["mean"]), "std": tuple(values["std"])}
-        config: ModelConfig = header["model_config"]
-        preprocess = PreprocessSpec(**values)
+        config, text_config = header["model_config"], header["text_config"]
+        check_model_config(config, str(path))
+        return CheckpointConfig(
+            model_config=config | {"text_cfg": _resolve_hf(config["text_cfg"], root)},
+            preprocess=PreprocessSpec(**values),
+            fusion=FusionSpec(**header["fusion"]),
+            text_config=None if text_config is None else _resolve_hf(text_config, root),
+        )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: incomplete or with unknown keys: {error}") from error
-    check_model_config(config, str(path))
-    return config, preprocess
+
+
+def _keep_hf_files(text_config: ModelConfig, root: Path, role: str) -> ModelConfig:
+    """Copy a Hugging Face tower's config and tokenizer into the checkpoint, and point there.
+
+    A tower without a tokenizer's name has that of its own folder; open_clip's own text towers
+    may have a Hugging Face tokenizer too.
+    """
+    folder = root / f"{role}-tower"
+    model, tokenizer = (text_config.get(key) for key in _HF_KEYS)
+    names = [str(name) for name in (tokenizer or model, model) if name]  # the model's config wins
+    sources = {name: hf_folder(name) for name in names}
+    in_place = folder.resolve() in [source.resolve() for source in sources.values()]
+    if folder.is_dir() and not in_place:
+        shutil.rmtree(folder)  # an older checkpoint's
+    if not sources:
+        return text_config
+    folder.mkdir(exist_ok=True)
+    for number, source in enumerate(sources.values()):
+        for name in HF_FILES if number == 0 else HF_FILES[:1]:
+            if source.resolve() != folder.resolve() and (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+    kept = _HF_KEYS if model else _HF_KEYS[1:]
+    return text_config | dict.fromkeys(kept, folder.name)
+
+
+def _resolve_hf(text_config: ModelConfig, root: Path) -> ModelConfig:
+    """Make the folder names of a Hugging Face tower absolute."""
+    there = [key for key in _HF_KEYS if key in text_config]
+    return text_config | {key: str(root.absolute() / text_config[key]) for key in there}
+
+
+def _to_json(value: Any) -> str:  # noqa: ANN401 - whatever a config holds
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except TypeError as error:
+        raise ValueError(f"the model config is not JSON: {error}") from error
 
 
 def _copy_checkpoint(source: Path, directory: Path) -> str:
@@ -218,8 +388,13 @@ def _copy_checkpoint(source: Path, directory: Path) -> str:
         return fingerprint(source)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG_FILE).unlink(missing_ok=True)
-    shutil.copyfile(source / WEIGHTS_FILE, directory / WEIGHTS_FILE)
-    _write_last(directory / CONFIG_FILE, (source / CONFIG_FILE).read_bytes())
+    for stale in directory.glob("*-tower"):
+        shutil.rmtree(stale)
+    *first, last = checkpoint_files(source)
+    for name in first:
+        (directory / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, directory / name)
+    _write_last(directory / last, (source / last).read_bytes())
     return fingerprint(directory)
 
 
@@ -255,67 +430,3 @@ def _three(value: Any) -> tuple[float, float, float]:  # noqa: ANN401 - whatever
     channels = [value] * 3 if isinstance(value, int | float) else list(value)
     red, green, blue = (float(channel) for channel in channels)
     return red, green, blue
-
-
-def _download_tag(name: str, tag: str) -> dict[str, torch.Tensor]:
-    """Let open_clip fetch a tag's weights and convert them to its own names."""
-    try:
-        model = open_clip.create_model(name, pretrained=tag, device="cpu")
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"can't get {name} with tag {tag}: {first_line(error)}") from error
-    state: dict[str, torch.Tensor] = model.state_dict()
-    return state
-
-
-def _read_weights_file(path: Path, name: str) -> dict[str, torch.Tensor]:
-    """Read a state dict from a local file; never unpickles code."""
-    if not path.is_file():
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise ValueError(f"pretrained {path}: neither a file nor a tag of {name} (tags: {tags})")
-    if path.suffix == ".safetensors":
-        return _read_tensors(path)
-    if path.suffix not in _TORCH_SUFFIXES:
-        raise ValueError(f"{path}: expected .safetensors or one of {_TORCH_SUFFIXES}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path}: no plain state dict: {first_line(error)}") from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a state dict")
-    return {str(key).removeprefix("module."): value for key, value in state.items()}
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    check_file(path)
-    try:
-        tensors: dict[str, torch.Tensor] = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: corrupt: {first_line(error)}") from error
-    return tensors
-
-
-def _build_loaded(
-    config: ModelConfig, state: dict[str, torch.Tensor], source: str
-) -> torch.nn.Module:
-    """Build a model and load weights whose names and shapes are exactly its own.
-
-    Raises:
-        ValueError: They are not; the message names the first differences.
-    """
-    model = build_model(config)
-    wanted = model.state_dict()
-    faults = [f"missing {key}" for key in wanted.keys() - state.keys()]
-    faults += [f"unknown {key}" for key in state.keys() - wanted.keys()]
-    for key in wanted.keys() & state.keys():
-        shape = getattr(state[key], "shape", None)
-        if shape != wanted[key].shape:
-            found = "no tensor" if shape is None else str(tuple(shape))
-            faults.append(f"{key} is {found}, expected {tuple(wanted[key].shape)}")
-    if faults:
-        shown = "; ".join(sorted(faults)[:_MAX_FAULTS_SHOWN])
-        raise ValueError(
-            f"{source}: the weights don't fit the architecture, {len(faults)} differences: {shown}"
-        )
-    model.load_state_dict(state, strict=True)
-    return model

@@ -1,27 +1,20 @@
-"""Live encoders, and the models in them: pixels and tokens in, float32 unit rows out."""
+"""Live encoders: pixels and tokens in, float32 unit rows out."""
 
-import json
-from contextlib import AbstractContextManager
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import open_clip
+import numpy.typing as npt
 import torch
 
-from encoders.spec import (
-    DEMO_ARCHITECTURE,
-    DEMO_MODEL_CONFIG,
-    Float32Array,
-    Int64Array,
-    ModelConfig,
-    PreprocessSpec,
-    UInt8Array,
-    check_model_config,
-    context_length,
-    first_line,
-    read_json,
-)
+from encoders.fusion import FusionSpec, fuse, fuse_products
+from encoders.msr import MsrModel
+from encoders.spec import Float32Array, Int64Array, PreprocessSpec, UInt8Array
+from encoders.towers import channel_statistics, normalize_pixels, pick_device
+
+BoolArray = npt.NDArray[np.bool_]
 
 
 class Encoder(Protocol):
@@ -29,25 +22,58 @@ class Encoder(Protocol):
 
     Attributes:
         fingerprint: Identity of the vector space; vectors of two fingerprints never mix.
-        dim: D of every vector.
-        preprocess: How pictures become the pixels for `encode_images`.
+        dim: D of the vectors that are stored.
+        preprocess: How pictures become pixels.
+        fusion: How the stored vectors are fused, and which fields there are.
     """
 
     fingerprint: str
     dim: int
     preprocess: PreprocessSpec
+    fusion: FusionSpec
 
-    def encode_images(self, pixels: UInt8Array) -> Float32Array:
-        """Encode (B, H, W, 3) uint8 pixels into (B, D) float32 unit rows."""
+    def encode_products(
+        self,
+        pixels: UInt8Array | None,
+        tokens: Int64Array | None,
+        has_image: BoolArray,
+        has_text: BoolArray,
+    ) -> dict[str, Float32Array]:
+        """Encode products into the vectors that are stored.
+
+        Args:
+            pixels: (B, H, W, 3) uint8 made by `preprocess_image`; None: no image is wanted.
+            tokens: (B, L) int64 of the product tokenizer; None: no text is wanted.
+            has_image: (B,) bool; pixels of the other rows may hold anything.
+            has_text: (B,) bool; tokens of the other rows may hold anything.
+
+        Returns:
+            `image` and `text`, those that are wanted, or `multimodal` where the fusion is
+            learned; each (B, D) float32 unit rows, NaN where a row has no such vector.
+        """
         ...
 
-    def encode_texts(self, tokens: Int64Array) -> Float32Array:
-        """Encode (B, L) int64 tokens into (B, D) float32 unit rows."""
+    def encode_queries(
+        self, pixels: UInt8Array | None, tokens: Int64Array | None, *, image_weight: float
+    ) -> Float32Array:
+        """Encode queries: photos, words, or both fused.
+
+        Args:
+            pixels: (B, H, W, 3) uint8; None: words alone.
+            tokens: (B, L) int64 of the query tokenizer; None: photos alone.
+            image_weight: Share of the photo where there are both, in [0, 1].
+
+        Returns:
+            (B, D') float32 unit rows, D' the dimension of the encoder's fields.
+
+        Raises:
+            ValueError: Neither is given, or a shape is wrong.
+        """
         ...
 
 
 class OpenClipEncoder:
-    """Run an open_clip model for inference.
+    """Run an open_clip model for inference: stock models and those trained as MIM.
 
     A row that the model gives no direction to (it holds NaN or infinity, or is all zero)
     comes back as NaN: the caller rejects that row, and keeps the rest of the batch.
@@ -56,10 +82,12 @@ class OpenClipEncoder:
     def __init__(
         self,
         model: torch.nn.Module,
-        model_config: ModelConfig,
         preprocess: PreprocessSpec,
         *,
+        dim: int,
+        length_tokens: int,
         fingerprint: str,
+        fusion: FusionSpec | None = None,
         device: str | None = None,
         precision: str = "auto",
     ) -> None:
@@ -67,24 +95,32 @@ class OpenClipEncoder:
 
         Args:
             model: An open_clip model with `encode_image` and `encode_text`; it is moved.
-            model_config: The open_clip config that the model was built from.
             preprocess: The model's preprocessing.
+            dim: D of its vectors.
+            length_tokens: L, its context length.
             fingerprint: The checkpoint's fingerprint.
+            fusion: Of kind "sum"; None: equal weights.
             device: A torch device; None is "cuda" where there is one, else "cpu".
             precision: "fp32", "bf16" (autocast), or "auto": bf16 on cuda, else fp32.
 
         Raises:
             ValueError: `precision` is none of the three.
         """
-        self.fingerprint = fingerprint
-        self.dim = int(model_config["embed_dim"])
-        self.preprocess = preprocess
-        self.device = pick_device(device)
-        self.precision = _pick_precision(precision, self.device)
-        self._model: Any = model.eval().to(self.device).to(memory_format=torch.channels_last)
-        self._length_tokens = context_length(model_config)
-        self._vocab_size: int | None = getattr(model, "vocab_size", None)
-        self._mean, self._std = channel_statistics(preprocess, self.device)
+        self.fingerprint, self.dim, self.preprocess = fingerprint, dim, preprocess
+        self.fusion = fusion or FusionSpec()
+        self._runtime = _Runtime(preprocess, device, precision)
+        self._model: Any = self._runtime.place(model)
+        self._texts = [_TokenRange(length_tokens, getattr(model, "vocab_size", None))]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._runtime.device
+
+    @property
+    def precision(self) -> str:
+        """The arithmetic: "fp32" or "bf16"."""
+        return self._runtime.precision
 
     def encode_images(self, pixels: UInt8Array) -> Float32Array:
         """Encode pixels made by `preprocess_image`.
@@ -98,16 +134,14 @@ class OpenClipEncoder:
         Raises:
             ValueError: Another shape or dtype.
         """
-        size_px = self.preprocess.size_px
-        _check_array("pixels", pixels, (size_px, size_px, 3), np.uint8)
+        self._runtime.check_pixels(pixels)
         if len(pixels) == 0:
             return np.zeros((0, self.dim), dtype=np.float32)
-        with torch.inference_mode(), self._autocast():
-            images = normalize_pixels(self._to_device(pixels), self._mean, self._std)
-            return _unit_rows(self._model.encode_image(images))
+        with self._runtime.inference():
+            return _unit_rows(self._model.encode_image(self._runtime.load_pixels(pixels)))
 
     def encode_texts(self, tokens: Int64Array) -> Float32Array:
-        """Encode tokens made by this model's tokenizer.
+        """Encode tokens made by this model's tokenizer; equal texts of a batch only once.
 
         Args:
             tokens: (B, L) int64, L the model's context length.
@@ -118,148 +152,183 @@ class OpenClipEncoder:
         Raises:
             ValueError: Another shape or dtype, or a token outside the vocabulary.
         """
-        _check_array("tokens", tokens, (self._length_tokens,), np.int64)
+        _check_tokens(tokens, self._texts)
         if len(tokens) == 0:
             return np.zeros((0, self.dim), dtype=np.float32)
-        self._check_vocabulary(tokens)
-        with torch.inference_mode(), self._autocast():
-            return _unit_rows(self._model.encode_text(self._to_device(tokens)))
+        texts, places = np.unique(tokens, axis=0, return_inverse=True)
+        with self._runtime.inference():
+            rows = _unit_rows(self._model.encode_text(self._runtime.load(texts)))
+        return rows[places.reshape(-1)]
 
-    def _check_vocabulary(self, tokens: Int64Array) -> None:
-        # On a GPU, a wrong index would kill the whole process's device context.
-        lowest, highest = int(tokens.min()), int(tokens.max())
-        if lowest < 0 or (self._vocab_size is not None and highest >= self._vocab_size):
-            raise ValueError(
-                f"tokens range from {lowest} to {highest}, the vocabulary has"
-                f" {self._vocab_size}: they were made by another model's tokenizer"
-            )
+    def encode_products(
+        self,
+        pixels: UInt8Array | None,
+        tokens: Int64Array | None,
+        has_image: BoolArray,
+        has_text: BoolArray,
+    ) -> dict[str, Float32Array]:
+        """Encode products; see `Encoder.encode_products`."""
+        found: dict[str, Float32Array] = {}
+        if pixels is not None:
+            found["image"] = np.full((len(pixels), self.dim), np.nan, np.float32)
+            found["image"][has_image] = self.encode_images(pixels[has_image])
+        if tokens is not None:
+            found["text"] = np.full((len(tokens), self.dim), np.nan, np.float32)
+            found["text"][has_text] = self.encode_texts(tokens[has_text])
+        return found
 
-    def _to_device(self, array: UInt8Array | Int64Array) -> torch.Tensor:
+    def encode_queries(
+        self, pixels: UInt8Array | None, tokens: Int64Array | None, *, image_weight: float
+    ) -> Float32Array:
+        """Encode queries; see `Encoder.encode_queries`."""
+        parts = [] if pixels is None else [self.encode_images(pixels)]
+        parts += [] if tokens is None else [self.encode_texts(tokens)]
+        return _fuse_query(parts, image_weight)
+
+
+class MsrEncoder:
+    """Run an MSR model for inference: words against fused products.
+
+    A photo as a query is encoded as a product without a text: our rule, the paper has no photo
+    queries.
+    """
+
+    def __init__(
+        self,
+        model: MsrModel,
+        preprocess: PreprocessSpec,
+        *,
+        dim: int,
+        length_tokens: int,
+        fingerprint: str,
+        fusion: FusionSpec,
+        device: str | None = None,
+        precision: str = "auto",
+    ) -> None:
+        """Put a model on a device, ready to encode.
+
+        Args:
+            model: The model; it is moved.
+            preprocess: The image tower's preprocessing.
+            dim: D of the vectors that are stored: of a tower, or of the learned fusion.
+            length_tokens: Context length of the CLIP model's own text tower.
+            fingerprint: The checkpoint's fingerprint.
+            fusion: Its fusion.
+            device: As `OpenClipEncoder`.
+            precision: As `OpenClipEncoder`.
+
+        Raises:
+            ValueError: `precision` is unknown.
+        """
+        self.fingerprint, self.dim, self.preprocess = fingerprint, dim, preprocess
+        self.fusion = fusion
+        self._runtime = _Runtime(preprocess, device, precision)
+        self._model: MsrModel = self._runtime.place(model)
+        clip = _TokenRange(length_tokens, getattr(model.clip, "vocab_size", None))
+        text = _TokenRange(model.text_tokens, getattr(model.text, "vocab_size", None))
+        self._product_texts = [clip] if model.text is None else [text]
+        self._query_texts = [clip] if model.text is None else [text, clip]
+
+    def encode_products(
+        self,
+        pixels: UInt8Array | None,
+        tokens: Int64Array | None,
+        has_image: BoolArray,
+        has_text: BoolArray,
+    ) -> dict[str, Float32Array]:
+        """Encode products; see `Encoder.encode_products`. A missing modality's vector is learned.
+
+        A row that has neither is NaN.
+        """
+        has_image, has_text = has_image & (pixels is not None), has_text & (tokens is not None)
+        if len(has_text) == 0:
+            empty = np.zeros((0, self.dim), np.float32)
+            return {name: empty for name in self.fusion.columns(("multimodal",))}
+        images = words = None
+        if pixels is not None:
+            self._runtime.check_pixels(pixels)
+        if tokens is not None:
+            _check_tokens(tokens, self._product_texts)
+        with self._runtime.inference():
+            if pixels is not None:
+                images = self._runtime.load_pixels(pixels)
+            if tokens is not None:
+                words = self._runtime.load(tokens)
+            masks = [self._runtime.load(mask) for mask in (has_image, has_text)]
+            text, image = self._model.encode_parts(images, words, *masks)
+            if self.fusion.kind == "mlp":
+                fused = self._model.fuse(text, image, self.fusion.image_weight)
+                found = {"multimodal": _unit_rows(fused)}
+            else:
+                found = {"image": _unit_rows(image), "text": _unit_rows(text)}
+        for rows in found.values():
+            rows[~(has_image | has_text)] = np.nan
+        return found
+
+    def encode_queries(
+        self, pixels: UInt8Array | None, tokens: Int64Array | None, *, image_weight: float
+    ) -> Float32Array:
+        """Encode queries; see `Encoder.encode_queries`."""
+        parts = [] if pixels is None else [self._encode_photos(pixels)]
+        if tokens is not None:
+            _check_tokens(tokens, self._query_texts)
+            with self._runtime.inference():
+                parts.append(_unit_rows(self._model.encode_query(self._runtime.load(tokens))))
+        return _fuse_query(parts, image_weight)
+
+    def _encode_photos(self, pixels: UInt8Array) -> Float32Array:
+        there = np.ones(len(pixels), bool)
+        found = self.encode_products(pixels, None, there, ~there)
+        if self.fusion.kind == "mlp":
+            return found["multimodal"]
+        weight = self.fusion.image_weight
+        return fuse_products(self.fusion, found["image"], found["text"], weight)
+
+
+@dataclass(frozen=True)
+class _TokenRange:
+    """So many tokens of a row are of one tower, which knows so many different ones."""
+
+    length_tokens: int
+    vocab_size: int | None
+
+
+class _Runtime:
+    """Where and how a model runs."""
+
+    def __init__(self, preprocess: PreprocessSpec, device: str | None, precision: str) -> None:
+        self.device = pick_device(device)
+        self.precision = _pick_precision(precision, self.device)
+        self._size_px = preprocess.size_px
+        self._mean, self._std = channel_statistics(preprocess, self.device)
+
+    def place(self, model: Any) -> Any:  # noqa: ANN401 - the same type comes back
+        return model.eval().to(self.device).to(memory_format=torch.channels_last)
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        bf16 = self.precision == "bf16"
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16),
+        ):
+            yield
+
+    def check_pixels(self, pixels: UInt8Array) -> None:
+        _check_array("pixels", pixels, (self._size_px, self._size_px, 3), np.uint8)
+
+    def load_pixels(self, pixels: UInt8Array) -> torch.Tensor:
+        return normalize_pixels(self.load(pixels), self._mean, self._std)
+
+    def load(self, array: UInt8Array | Int64Array | BoolArray) -> torch.Tensor:
         writable = np.require(array, requirements=["C", "W"])
         return torch.from_numpy(writable).to(self.device)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        enabled = self.precision == "bf16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
-
-def fuse(image: Float32Array, text: Float32Array, weight: float) -> Float32Array:
-    """Blend image and text vectors: normalize(weight * image + (1 - weight) * text).
-
-    Args:
-        image: (B, D) float32 unit rows.
-        text: (B, D) float32 unit rows.
-        weight: Share of the image in [0, 1].
-
-    Returns:
-        (B, D) float32 unit rows; NaN where the two cancel out or one holds NaN.
-
-    Raises:
-        ValueError: The shapes differ or are not (B, D), or weight is outside [0, 1].
-    """
-    if image.shape != text.shape or image.ndim != 2:
-        raise ValueError(f"image {image.shape} and text {text.shape}, expected the same (B, D)")
-    if not 0.0 <= weight <= 1.0:
-        raise ValueError(f"weight is {weight}, expected 0 to 1")
-    blend = np.float32(weight) * image + np.float32(1.0 - weight) * text
-    norms = np.linalg.norm(blend, axis=1, keepdims=True)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        unit: Float32Array = (blend / norms).astype(np.float32, copy=False)
-    return unit
-
-
-def read_model_config(architecture: str) -> tuple[ModelConfig, dict[str, Any]]:
-    """Look an architecture up.
-
-    Args:
-        architecture: An open_clip name, the path of a JSON file (a bare model config, or one
-            with `model_cfg` and `preprocess_cfg`), or "vitrine-tiny".
-
-    Returns:
-        The open_clip model config, a copy, and what it says of preprocessing (maybe nothing).
-
-    Raises:
-        ValueError: There is none of that name, or the file is no model config.
-    """
-    if architecture == DEMO_ARCHITECTURE:
-        return json.loads(json.dumps(DEMO_MODEL_CONFIG)), {}
-    if architecture.endswith(".json"):
-        content = read_json(Path(architecture))
-        config = content.get("model_cfg", content)
-        check_model_config(config, architecture)
-        return config, content.get("preprocess_cfg", {})
-    name = architecture.replace("/", "-")
-    if name not in open_clip.list_models():
-        raise ValueError(
-            f"unknown architecture {architecture!r}: expected a name that"
-            f" open_clip.list_models() lists, a .json file, or {DEMO_ARCHITECTURE!r}"
-        )
-    return open_clip.get_model_config(name), {}
-
-
-def build_model(model_config: ModelConfig, *, seed: int = 0) -> torch.nn.Module:
-    """Build an open_clip model with random weights, the same for the same seed.
-
-    Args:
-        model_config: An open_clip model config.
-        seed: Seeds the weights; torch's global generator is left as it was.
-
-    Returns:
-        A CLIP, CustomTextCLIP or CoCa on the CPU, in float32 and evaluation mode.
-
-    Raises:
-        ValueError: open_clip refuses the config.
-    """
-    config = json.loads(json.dumps(model_config))
-    custom_text = config.pop("custom_text", False)
-    if "timm_model_name" in config["vision_cfg"]:
-        config["vision_cfg"]["timm_model_pretrained"] = False
-    if "hf_model_name" in config["text_cfg"]:
-        config["text_cfg"]["hf_model_pretrained"] = False
-        custom_text = True
-    model_class = open_clip.CLIP
-    if custom_text:
-        model_class = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model: torch.nn.Module = model_class(**config).eval()
-    except (TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"open_clip refuses the model config: {first_line(error)}") from error
-    return model
-
-
-def pick_device(device: str | None) -> torch.device:
-    """Return the device asked for; None is "cuda" where there is one, else "cpu"."""
-    if device is not None:
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def channel_statistics(
-    preprocess: PreprocessSpec, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and std on a device, each (1, 3, 1, 1) float32, of pixels in [0, 255]."""
-    mean, std = (
-        torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1) * 255.0
-        for values in (preprocess.mean, preprocess.std)
-    )
-    return mean, std
-
-
-def normalize_pixels(pixels: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Turn (B, H, W, 3) uint8 into (B, 3, H, W) float32, channels last in memory.
-
-    Args:
-        pixels: (B, H, W, 3) uint8 in [0, 255].
-        mean: (1, 3, 1, 1) float32, from `channel_statistics`.
-        std: (1, 3, 1, 1) float32, from `channel_statistics`.
-
-    Returns:
-        (B, 3, H, W) float32.
-    """
-    # The permuted view of contiguous NHWC memory *is* channels-last: nothing is copied.
-    return (pixels.permute(0, 3, 1, 2).float() - mean) / std
+def _fuse_query(parts: list[Float32Array], image_weight: float) -> Float32Array:
+    if not parts:
+        raise ValueError("a query needs pixels, tokens, or both")
+    return parts[0] if len(parts) == 1 else fuse(parts[0], parts[1], image_weight)
 
 
 def _unit_rows(features: torch.Tensor) -> Float32Array:
@@ -275,6 +344,23 @@ def _pick_precision(precision: str, device: torch.device) -> str:
     if precision == "auto":
         return "bf16" if device.type == "cuda" else "fp32"
     return precision
+
+
+def _check_tokens(tokens: Int64Array, ranges: list[_TokenRange]) -> None:
+    # On a GPU, a wrong index would kill the whole process's device context.
+    _check_array("tokens", tokens, (sum(one.length_tokens for one in ranges),), np.int64)
+    start = 0
+    for one in ranges:
+        part = tokens[:, start : start + one.length_tokens]
+        start += one.length_tokens
+        if part.size == 0 or one.vocab_size is None:
+            continue
+        lowest, highest = int(part.min()), int(part.max())
+        if lowest < 0 or highest >= one.vocab_size:
+            raise ValueError(
+                f"tokens range from {lowest} to {highest}, the vocabulary has"
+                f" {one.vocab_size}: they were made by another model's tokenizer"
+            )
 
 
 def _check_array(

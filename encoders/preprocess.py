@@ -20,6 +20,9 @@ from encoders.spec import (
     first_line,
 )
 
+TokenizeTexts = Callable[[Sequence[str]], Int64Array]
+"""From B texts to (B, L) int64 tokens."""
+
 _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -147,7 +150,7 @@ def load_tokenizer(model_config: ModelConfig) -> Tokenizer:
     Raises:
         ValueError: The tokenizer can't be loaded, or masks tokens at random.
     """
-    import open_clip
+    from open_clip import tokenizer as open_clip_tokenizer
 
     text_config = model_config["text_cfg"]
     length_tokens = context_length(model_config)
@@ -159,13 +162,18 @@ def load_tokenizer(model_config: ModelConfig) -> Tokenizer:
         )
     name = text_config.get("hf_tokenizer_name")
     if not name:
-        simple = open_clip.SimpleTokenizer(context_length=length_tokens, **options)
+        simple = open_clip_tokenizer.SimpleTokenizer(context_length=length_tokens, **options)
         return Tokenizer(simple, length_tokens)
     mode = text_config.get("tokenizer_mode")
     try:
-        hub = open_clip.HFTokenizer(
+        hub = open_clip_tokenizer.HFTokenizer(
             name, context_length=length_tokens, tokenizer_mode=mode, **options
         )
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise ValueError(f"can't load the tokenizer {name}: {first_line(error)}") from error
     return Tokenizer(hub, length_tokens)
+
+
+def join_tokenizers(first: TokenizeTexts, second: TokenizeTexts) -> TokenizeTexts:
+    """Return a tokenizer whose rows are the first one's tokens, then the second one's."""
+    return lambda texts: np.concatenate([first(texts), second(texts)], axis=1)

@@ -48,6 +48,9 @@ class EncoderSpec:
         pretrained: An open_clip tag, the path of a weights file (.safetensors, .pt, .pth,
             .bin), or "random".
         checkpoint: A Vitrine checkpoint directory.
+        image_weights: A .safetensors file for the image tower's trunk alone, in timm's or
+            open_clip's names; over what `pretrained` gave.
+        text_weights: A Hugging Face folder for a Hugging Face text tower alone.
         seed: Seeds the weights of "random"; not read otherwise.
 
     Raises:
@@ -59,6 +62,8 @@ class EncoderSpec:
     architecture: str = "ViT-B-32"
     pretrained: str | None = None
     checkpoint: str | None = None
+    image_weights: str | None = None
+    text_weights: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -72,6 +77,8 @@ class EncoderSpec:
                 f"checkpoint ({self.checkpoint}) and pretrained ({self.pretrained}) are both set;"
                 " keep one of them and set the other to null"
             )
+        if self.checkpoint is not None and (self.image_weights or self.text_weights):
+            raise ValueError("image_weights and text_weights don't go with a checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,31 +1,29 @@
-"""Train the MIM 3-tower model in one process.
+"""Train towers by a preset's loss, in one process or in every process of a group.
 
-Our reconstruction of MIM's 3-tower loss, not the paper's equations: with unit vectors q_i
-(query image), p_i (product image) and p_t (product text),
-
-    NCE(q_i, p_i) + text_loss_weight * (NCE(q_i, p_t) + NCE(p_i, p_t))
-
-The two image roles share one tower. Image-image and image-text pairs each have a learned
-temperature, since their similarities spread differently.
+The group is torch.distributed's, if one was started: each rank encodes its share of the batch,
+features are gathered over all ranks with their gradients, and every rank computes the loss of
+the whole batch. So the number of ranks changes neither loss nor gradient.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
+from torch.distributed.nn.functional import all_gather
+from torch.nn.parallel import DistributedDataParallel
 
-from encoders.encoder import channel_statistics, normalize_pixels, pick_device
-from encoders.losses import contrastive_loss
-from encoders.spec import Int64Array, PreprocessSpec, UInt8Array
+from encoders.objectives import PRESETS, Objective, Tensors, lock_tower
+from encoders.towers import pick_device
 
-# CLIP's own start and ceiling of the temperature (Radford et al. 2021, section 2.5).
-_FIRST_LOG_SCALE = math.log(1 / 0.07)
-_MAX_LOG_SCALE = math.log(100)
-_MAX_GRADIENT_NORM = 1.0
-_ADAM_BETAS = (0.9, 0.98)
+_ADAM_BETAS = (0.9, 0.98)  # as CLIP (Radford et al. 2021, table 18)
+# Adam moves a parameter by about its learning rate a step: at the towers' rate a logarithm of a
+# temperature would not get anywhere in the hundreds of steps of a fine-tuning.
+_SCALE_RATE = 10.0
+_LOCKS = ("none", "image", "text")
+_PRECISIONS = ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +31,21 @@ class TrainSpec:
     """Say how long and how hard to train.
 
     Attributes:
+        preset: "image_only", "mim3", "mim4", "msr3" or "msr4".
         steps: Optimizer steps.
-        batch_size: Rows of every batch; it fixes the number of negatives.
+        batch_size: Rows of a batch over all ranks; it fixes the number of negatives.
+        accumulate: Parts that a rank's share of a batch is encoded in, to save memory; the
+            negatives stay those of the whole batch.
         learning_rate: Of AdamW, at its peak.
         warmup_steps: Steps of linear rise, before a cosine falls to 0.
         weight_decay: Of AdamW, on matrices only.
-        text_loss_weight: Lambda, the weight of the two image-text terms.
-        seed: Seeds torch.
+        max_gradient_norm: Longer gradients are clipped to it.
+        text_loss_weight: Weight of the terms with a text.
+        query_image_weight: Share of the photo in the fused query of mim4.
+        lock: "none", or the tower that stays as it is: "image" or "text".
+        gradient_checkpointing: Whether activations are computed twice to save memory.
+        precision: "fp32", "bf16" (autocast), or "auto": bf16 on cuda, else fp32.
+        seed: Seeds torch, anew for each step.
 
     Raises:
         ValueError: A value is out of range.
@@ -47,100 +53,74 @@ class TrainSpec:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
+    preset: str = "mim3"
     steps: int = 1000
     batch_size: int = 64
+    accumulate: int = 1
     learning_rate: float = 1e-4
     warmup_steps: int = 50
     weight_decay: float = 0.1
+    max_gradient_norm: float = 1.0
     text_loss_weight: float = 0.5
+    query_image_weight: float = 0.5
+    lock: str = "none"
+    gradient_checkpointing: bool = False
+    precision: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 2:
-            raise ValueError("steps has to be 1 or more, and batch_size 2 or more")
+        choices = (
+            ("preset", self.preset, tuple(PRESETS)),
+            ("lock", self.lock, _LOCKS),
+            ("precision", self.precision, _PRECISIONS),
+        )
+        for name, value, known in choices:
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}, expected one of {known}")
+        if self.steps < 1 or self.accumulate < 1 or self.batch_size < 2:
+            raise ValueError("steps and accumulate have to be 1 or more, batch_size 2 or more")
         if not 0 <= self.warmup_steps <= self.steps:
-            raise ValueError(f"warmup_steps is {self.warmup_steps}, expected 0 to steps")
-        if self.learning_rate <= 0 or self.weight_decay < 0 or self.text_loss_weight < 0:
-            raise ValueError("learning_rate has to be above 0, and no weight below 0")
+            raise ValueError(f"warmup_steps is {self.warmup_steps}, expected 0 to {self.steps}")
+        if min(self.learning_rate, self.max_gradient_norm) <= 0:
+            raise ValueError("learning_rate and max_gradient_norm have to be above 0")
+        if min(self.weight_decay, self.text_loss_weight, self.seed) < 0:
+            raise ValueError("weight_decay, text_loss_weight and seed can't be negative")
+        if self.lock == "image" and self.preset == "image_only":
+            raise ValueError("image_only trains the image tower: it can't be locked")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBatch:
-    """Hold B pairs of a query picture and its product.
+    """One rank's share of a batch, on the CPU.
 
     Attributes:
-        query_pixels: (B, H, W, 3) uint8 in [0, 255].
-        product_pixels: (B, H, W, 3) uint8 in [0, 255].
-        product_tokens: (B, L) int64.
-        product_ids: (B,) int64; rows of one product are positives of each other.
+        inputs: What the towers take: see `MimTowers.forward` and `MsrTowers.forward`.
+        labels: What the objective takes: see `Objective.forward`.
     """
 
-    query_pixels: UInt8Array
-    product_pixels: UInt8Array
-    product_tokens: Int64Array
-    product_ids: Int64Array
+    inputs: Tensors
+    labels: Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """Report one optimizer step.
+    """What one step showed.
 
     Attributes:
-        step: From 1 to steps.
-        loss: The weighted sum that was minimised.
-        image_loss: NCE(q_i, p_i).
-        text_loss: NCE(q_i, p_t) + NCE(p_i, p_t), unweighted.
-        image_scale: 1 / temperature of image-image pairs.
-        text_scale: 1 / temperature of image-text pairs.
-        learning_rate: Used in this step.
+        step: From 1.
+        loss: Of the whole batch.
+        terms: Loss of each term before its weight.
+        scales: 1 / temperature of each kind of pair, after the step.
+        learning_rate: Of this step.
         gradient_norm: Before clipping.
     """
 
     step: int
     loss: float
-    image_loss: float
-    text_loss: float
-    image_scale: float
-    text_scale: float
+    terms: dict[str, float]
+    scales: dict[str, float]
     learning_rate: float
     gradient_norm: float
-
-
-def train_mim(
-    model: torch.nn.Module,
-    batches: Iterable[TrainBatch],
-    spec: TrainSpec,
-    preprocess: PreprocessSpec,
-    *,
-    device: str | None = None,
-) -> Iterator[StepMetrics]:
-    """Train a model in place, one step each time the iterator is advanced.
-
-    The model is in training mode during a step only; between steps, and afterwards, it is
-    in evaluation mode, ready to be measured or saved. On cuda the towers run in bf16.
-
-    Args:
-        model: An open_clip CLIP or CustomTextCLIP. Its logit_scale is the image-text one.
-        batches: At least spec.steps batches of spec.batch_size rows.
-        spec: How to train. torch's global generator is seeded with spec.seed.
-        preprocess: The model's preprocessing: mean and std are read.
-        device: A torch device; None is "cuda" where there is one, else "cpu".
-
-    Yields:
-        The metrics of each step.
-
-    Raises:
-        ValueError: A batch has another number of rows, the batches end too early, or the
-            loss is not finite.
-    """
-    torch.manual_seed(spec.seed)
-    trainer = _Trainer(model, spec, preprocess, pick_device(device))
-    source = iter(batches)
-    for step in range(1, spec.steps + 1):
-        batch = next(source, None)
-        if batch is None:
-            raise ValueError(f"the batches ended after {step - 1} of {spec.steps} steps")
-        yield trainer.run_step(step, batch)
 
 
 def learning_rate_at(step: int, spec: TrainSpec) -> float:
@@ -151,104 +131,224 @@ def learning_rate_at(step: int, spec: TrainSpec) -> float:
     return spec.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class _Trainer:
+class Trainer:
     """Keep what lives from step to step: weights, temperatures, the optimizer's moments."""
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        spec: TrainSpec,
-        preprocess: PreprocessSpec,
-        device: torch.device,
+        self, towers: torch.nn.Module, spec: TrainSpec, *, device: str | None = None
     ) -> None:
-        self._spec, self._device = spec, device
-        self._model: Any = model.to(device).to(memory_format=torch.channels_last)
-        self._mean, self._std = channel_statistics(preprocess, device)
-        first = torch.tensor(_FIRST_LOG_SCALE, device=device)
-        self._image_log_scale = torch.nn.Parameter(first)
-        self._text_log_scale: Any = self._model.logit_scale
-        self._parameters = [*model.parameters(), self._image_log_scale]
-        self._optimizer = _build_optimizer(self._parameters, spec)
+        """Put the towers on a device, and wrap them for the group if there is one.
 
-    def run_step(self, step: int, batch: TrainBatch) -> StepMetrics:
-        """Do one step of forward, backward and update."""
-        learning_rate = learning_rate_at(step, self._spec)
+        Args:
+            towers: `MimTowers` or `MsrTowers`; trained in place.
+            spec: How to train.
+            device: A torch device; None is "cuda" where there is one, else "cpu".
+        """
+        self.spec, self.step = spec, 0
+        self._device = pick_device(device)
+        self._grouped = dist.is_initialized() and dist.get_world_size() > 1
+        self._rank = dist.get_rank() if self._grouped else 0
+        self._locked = self._prepare(towers)
+        self._towers = towers.to(self._device).to(memory_format=torch.channels_last)
+        self._wrapped = self._towers
+        if self._grouped:
+            if self._device.type == "cuda":
+                convert: Any = torch.nn.SyncBatchNorm.convert_sync_batchnorm
+                self._towers = convert(self._towers)
+            self._wrapped = DistributedDataParallel(self._towers)
+        self._objective = Objective(
+            spec.preset,
+            text_loss_weight=spec.text_loss_weight,
+            query_image_weight=spec.query_image_weight,
+        ).to(self._device)
+        learned = [p for p in self._towers.parameters() if p.requires_grad]
+        scales = list(self._objective.parameters())
+        self._parameters = [*learned, *scales]
+        self._optimizer = _build_optimizer(learned, scales, spec)
+
+    def _prepare(self, towers: Any) -> list[torch.nn.Module]:  # noqa: ANN401 - either towers
+        clip = getattr(towers.model, "clip", towers.model)
+        for name in ("logit_scale", "logit_bias"):  # ours are in the objective
+            if getattr(clip, name, None) is not None:
+                getattr(clip, name).requires_grad_(False)
+        if hasattr(clip, "text_decoder"):  # CoCa's captions: no term reads them
+            clip.text_decoder.requires_grad_(False)
+        if self.spec.gradient_checkpointing:
+            for tower in (clip, getattr(towers.model, "text", None)):  # msr4 has a text tower more
+                if tower is not None:
+                    tower.set_grad_checkpointing(True)
+        return [] if self.spec.lock == "none" else lock_tower(clip, self.spec.lock)
+
+    def run_step(self, batch: TrainBatch) -> StepMetrics:
+        """Do one step of forward, backward and update; all ranks together.
+
+        Raises:
+            ValueError: The loss is not finite.
+        """
+        self.step += 1
+        # Anew for each step, so that a run that goes on from a checkpoint draws the same.
+        torch.manual_seed((self.spec.seed * 1_000_003 + self.step) * 4099 + self._rank)
+        rate = learning_rate_at(self.step, self.spec)
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._model.train()
-        image_loss, text_loss = self._losses(batch)
-        loss = image_loss + self._spec.text_loss_weight * text_loss
-        if not torch.isfinite(loss):
-            raise ValueError(f"the loss of step {step} is not finite: lower the learning rate")
-        gradient_norm = self._update(loss)
-        self._model.eval()
+            group["lr"] = rate * group["rate"]
+        loss, terms = self._backward(batch)
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss of step {self.step} is not finite: lower the learning rate")
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.spec.max_gradient_norm)
+        self._optimizer.step()
+        self._objective.clamp_scales()
+        self._wrapped.eval()
         return StepMetrics(
-            step=step,
-            loss=loss.item(),
-            image_loss=image_loss.item(),
-            text_loss=text_loss.item(),
-            image_scale=self._image_log_scale.exp().item(),
-            text_scale=self._text_log_scale.exp().item(),
-            learning_rate=learning_rate,
-            gradient_norm=gradient_norm,
+            step=self.step,
+            loss=loss,
+            terms=terms,
+            scales={kind: s.exp().item() for kind, s in self._objective.log_scales.items()},
+            learning_rate=rate,
+            gradient_norm=norm.item(),
         )
 
-    def _losses(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        query_images, product_images, product_texts = self._encode(batch)
-        ids = torch.as_tensor(batch.product_ids, device=self._device)
-        image_scale = self._image_log_scale.exp()
-        text_scale = self._text_log_scale.exp()
-        image_loss = contrastive_loss(query_images, product_images, image_scale, ids)
-        text_loss = contrastive_loss(
-            query_images, product_texts, text_scale, ids
-        ) + contrastive_loss(product_images, product_texts, text_scale, ids)
-        return image_loss, text_loss
+    def gradients(self, batch: TrainBatch) -> tuple[float, dict[str, torch.Tensor]]:
+        """Return the loss of a batch and its gradient by parameter, without an update."""
+        loss, _ = self._backward(batch)
+        self._wrapped.eval()
+        named = [*self._towers.named_parameters(), *self._objective.named_parameters()]
+        return loss, {name: p.grad.clone() for name, p in named if p.grad is not None}
 
-    def _encode(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return (B, D) float32 unit rows of query images, product images, product texts."""
-        _check_batch(batch, self._spec.batch_size)
-        # One pass for both image roles, so that batch statistics cover both domains.
-        pixels = torch.cat(
-            [torch.as_tensor(batch.query_pixels), torch.as_tensor(batch.product_pixels)]
-        ).to(self._device)
-        tokens = torch.as_tensor(batch.product_tokens, device=self._device)
-        on_cuda = self._device.type == "cuda"
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=on_cuda):
-            images = self._model.encode_image(normalize_pixels(pixels, self._mean, self._std))
-            texts = self._model.encode_text(tokens)
-        queries, products = F.normalize(images.float(), dim=-1).chunk(2)
-        return queries, products, F.normalize(texts.float(), dim=-1)
+    def state(self) -> dict[str, Any]:
+        """Return all that a killed run needs to go on as if nothing had happened."""
+        return {
+            "step": self.step,
+            "towers": self._towers.state_dict(),
+            "objective": self._objective.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+        }
 
-    def _update(self, loss: torch.Tensor) -> float:
-        """Apply the gradient of the loss; return its norm before clipping."""
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`.
+
+        Raises:
+            ValueError: It is another run's.
+        """
+        try:
+            self._towers.load_state_dict(state["towers"])
+            self._objective.load_state_dict(state["objective"])
+            self._optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, RuntimeError) as error:
+            raise ValueError("the saved training state is another run's") from error
+        self.step = int(state["step"])
+
+    def _backward(self, batch: TrainBatch) -> tuple[float, dict[str, float]]:
+        self._wrapped.train()
+        for module in self._locked:
+            module.eval()
         self._optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, _MAX_GRADIENT_NORM)
-        self._optimizer.step()
+        labels = {name: self._gather(t.to(self._device)) for name, t in batch.labels.items()}
+        parts = _split(batch.inputs, self.spec.accumulate, len(batch.labels["product_ids"]))
+        if len(parts) == 1:
+            features = self._encode(parts[0])
+            loss, terms = self._loss(features, labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            loss, terms = self._backward_in_parts(parts, labels)
+        return loss.item(), {name: term.item() for name, term in terms.items()}
+
+    def _backward_in_parts(
+        self, parts: list[Tensors], labels: Tensors
+    ) -> tuple[torch.Tensor, Tensors]:
+        """Get the gradient of all features first, then send it through the towers part by part.
+
+        The loss is that of the whole batch; each part is encoded twice. As GradCache (Gao et al.
+        2021) and open_clip's --accum-freq.
+        """
+        seeds = torch.randint(2**62, (len(parts),)).tolist()
         with torch.no_grad():
-            self._image_log_scale.clamp_(0, _MAX_LOG_SCALE)
-            self._text_log_scale.clamp_(0, _MAX_LOG_SCALE)
-        return norm.item()
+            first = [self._encode(part, seed) for part, seed in zip(parts, seeds, strict=True)]
+        joined = {
+            role: torch.cat([features[role] for features in first]).requires_grad_()
+            for role in first[0]
+        }
+        loss, terms = self._loss(joined, labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        ends = {role: 0 for role in joined}
+        for number, (part, seed) in enumerate(zip(parts, seeds, strict=True)):
+            with self._quiet(last=number == len(parts) - 1):
+                features = self._encode(part, seed)
+                tensors, gradients = [], []
+                for role, rows in features.items():
+                    start, ends[role] = ends[role], ends[role] + len(rows)
+                    gradient = joined[role].grad
+                    if gradient is not None and rows.requires_grad:  # else: a locked tower's
+                        tensors.append(rows)
+                        gradients.append(gradient[start : ends[role]])
+                torch.autograd.backward(tensors, gradients)
+        return loss, terms
+
+    def _quiet(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Let the ranks exchange their gradients only once, after the last part."""
+        if isinstance(self._wrapped, DistributedDataParallel) and not last:
+            return self._wrapped.no_sync()
+        return nullcontext()
+
+    def _encode(self, inputs: Tensors, seed: int | None = None) -> Tensors:
+        if seed is not None:  # the second pass of a part drops out what the first one did
+            torch.manual_seed(seed)
+        bf16 = self.spec.precision == "bf16" or (
+            self.spec.precision == "auto" and self._device.type == "cuda"
+        )
+        placed = {name: t.to(self._device, non_blocking=True) for name, t in inputs.items()}
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=bf16):
+            features: Tensors = self._wrapped(placed)
+        return features
+
+    def _loss(self, features: Tensors, labels: Tensors) -> tuple[torch.Tensor, Tensors]:
+        joined = {role: self._gather(rows) for role, rows in features.items()}
+        loss: tuple[torch.Tensor, Tensors] = self._objective(joined, labels)
+        return loss
+
+    def _gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Join the rows of all ranks, with their gradients."""
+        if not self._grouped:
+            return rows
+        if rows.requires_grad:
+            return torch.cat(all_gather(rows.contiguous()))  # type: ignore[no-untyped-call]
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
 
 
-def _build_optimizer(parameters: list[torch.nn.Parameter], spec: TrainSpec) -> torch.optim.AdamW:
+def _split(inputs: Tensors, parts: int, rows: int) -> list[Tensors]:
+    """Cut a batch into parts of whole rows; a row keeps its own mined negatives.
+
+    Arrays of P = B + M rows hold B products, then M negatives, M / B of each product in turn.
+    """
+    if parts == 1:
+        return [inputs]
+    if rows % parts:
+        raise ValueError(f"{rows} rows can't be cut into accumulate = {parts} equal parts")
+    size = rows // parts
+    cut: list[Tensors] = []
+    for start in range(0, rows, size):
+        part = {}
+        for name, tensor in inputs.items():
+            each = (len(tensor) - rows) // rows
+            own = tensor[start : start + size]
+            more = tensor[rows + start * each : rows + (start + size) * each]
+            part[name] = torch.cat([own, more])
+        cut.append(part)
+    return cut
+
+
+def _build_optimizer(
+    towers: list[torch.nn.Parameter], scales: list[torch.nn.Parameter], spec: TrainSpec
+) -> torch.optim.AdamW:
     """Build AdamW that decays matrices, and neither biases nor norms nor temperatures."""
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": spec.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [p for p in towers if p.ndim >= 2],
+            "weight_decay": spec.weight_decay,
+            "rate": 1.0,
+        },
+        {"params": [p for p in towers if p.ndim < 2], "weight_decay": 0.0, "rate": 1.0},
+        {"params": scales, "weight_decay": 0.0, "rate": _SCALE_RATE},
     ]
     return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=_ADAM_BETAS)
-
-
-def _check_batch(batch: TrainBatch, batch_size: int) -> None:
-    rows = [
-        len(array)
-        for array in (
-            batch.query_pixels,
-            batch.product_pixels,
-            batch.product_tokens,
-            batch.product_ids,
-        )
-    ]
-    if any(count != batch_size for count in rows):
-        raise ValueError(f"a batch has {rows} rows, expected {batch_size} of each")

@@ -6,9 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from encoders.encoder import OpenClipEncoder, build_model, fuse
-from encoders.preprocess import load_tokenizer, preprocess_image
-from encoders.spec import DEMO_MODEL_CONFIG, PreprocessSpec
+from encoders.encoder import OpenClipEncoder
+from encoders.fusion import fuse
+from encoders.preprocess import join_tokenizers, load_tokenizer, preprocess_image
+from encoders.spec import DEMO_MODEL_CONFIG, PreprocessSpec, context_length
+from encoders.towers import build_model
 
 torch.set_num_threads(1)
 
@@ -22,10 +24,15 @@ def make_spec(resize_mode="shortest", interpolation="bicubic"):
     )
 
 
-def make_encoder(spec):
-    model = build_model(DEMO_MODEL_CONFIG, seed=1)
+def make_encoder(spec, model=None, precision="fp32"):
     return OpenClipEncoder(
-        model, DEMO_MODEL_CONFIG, spec, fingerprint="test", device="cpu", precision="fp32"
+        model or build_model(DEMO_MODEL_CONFIG, seed=1),
+        spec,
+        dim=DEMO_MODEL_CONFIG["embed_dim"],
+        length_tokens=context_length(DEMO_MODEL_CONFIG),
+        fingerprint="test",
+        device="cpu",
+        precision=precision,
     )
 
 
@@ -167,14 +174,7 @@ def test_vectors_are_unit_float32():
 
 def test_bf16_stays_close_to_fp32():
     encoder = make_encoder(make_spec())
-    rough = OpenClipEncoder(
-        encoder._model,
-        DEMO_MODEL_CONFIG,
-        encoder.preprocess,
-        fingerprint="test",
-        device="cpu",
-        precision="bf16",
-    )
+    rough = make_encoder(encoder.preprocess, encoder._model, "bf16")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
     cosines = (encoder.encode_images(pixels) * rough.encode_images(pixels)).sum(axis=1)
     assert cosines.min() > 0.99
@@ -188,6 +188,10 @@ def test_wrong_inputs_are_refused():
         encoder.encode_images(np.zeros((1, 96, 96, 3), dtype=np.float32))
     with pytest.raises(ValueError, match=r"expected \(B, 32\) int64"):
         encoder.encode_texts(np.zeros((1, 77), dtype=np.int64))
+    with pytest.raises(ValueError, match="needs pixels, tokens, or both"):
+        encoder.encode_queries(None, None, image_weight=0.5)
+    with pytest.raises(ValueError, match="precision is 'fp8'"):
+        make_encoder(make_spec(), precision="fp8")
     with pytest.raises(ValueError, match="vocabulary"):
         encoder.encode_texts(np.full((1, 32), 60_000, dtype=np.int64))
 
@@ -205,3 +209,46 @@ def test_empty_batches_give_no_rows():
     encoder = make_encoder(make_spec())
     assert encoder.encode_images(np.zeros((0, 96, 96, 3), dtype=np.uint8)).shape == (0, 128)
     assert encoder.encode_texts(np.zeros((0, 32), dtype=np.int64)).shape == (0, 128)
+
+
+def test_missing_parts_of_products_are_nan_and_only_wanted_ones_are_made():
+    encoder = make_encoder(make_spec())
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 96, 96, 3), dtype=np.uint8)
+    tokens = load_tokenizer(DEMO_MODEL_CONFIG)(["a shoe", "", "a hat"])
+    has_image, has_text = np.array([True, True, False]), np.array([True, False, False])
+    found = encoder.encode_products(pixels, tokens, has_image, has_text)
+    np.testing.assert_allclose(found["image"][:2], encoder.encode_images(pixels[:2]), atol=1e-6)
+    np.testing.assert_allclose(found["text"][:1], encoder.encode_texts(tokens[:1]), atol=1e-6)
+    assert np.isnan(found["image"][2]).all()
+    assert np.isnan(found["text"][1:]).all()
+    assert list(encoder.encode_products(None, tokens, has_image, has_text)) == ["text"]
+    assert list(encoder.encode_products(pixels, None, has_image, has_text)) == ["image"]
+
+
+def test_query_of_photo_and_words_is_their_fusion():
+    encoder = make_encoder(make_spec())
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
+    tokens = load_tokenizer(DEMO_MODEL_CONFIG)(["a shoe", "a hat"])
+    images, texts = encoder.encode_images(pixels), encoder.encode_texts(tokens)
+    found = encoder.encode_queries(pixels, tokens, image_weight=0.3)
+    np.testing.assert_array_equal(found, fuse(images, texts, 0.3))
+    np.testing.assert_array_equal(encoder.encode_queries(pixels, None, image_weight=0.3), images)
+    np.testing.assert_array_equal(encoder.encode_queries(None, tokens, image_weight=0.3), texts)
+
+
+def test_equal_texts_of_a_batch_get_equal_vectors():
+    encoder = make_encoder(make_spec())
+    tokens = load_tokenizer(DEMO_MODEL_CONFIG)(["b", "a", "b", "c", "a"])
+    found = encoder.encode_texts(tokens)
+    np.testing.assert_array_equal(found[0], found[2])
+    for row, one in zip(found, tokens, strict=True):
+        np.testing.assert_allclose(row, encoder.encode_texts(one[None])[0], atol=1e-6)
+
+
+def test_joined_tokenizers_put_their_tokens_side_by_side():
+    short = load_tokenizer({"text_cfg": {"context_length": 5}})
+    both = join_tokenizers(short, load_tokenizer(DEMO_MODEL_CONFIG))
+    tokens = both(["a red shoe", ""])
+    np.testing.assert_array_equal(tokens[:, :5], short(["a red shoe", ""]))
+    assert tokens.shape == (2, 37)
+    assert both([]).shape == (0, 37)

@@ -10,13 +10,16 @@ import pyarrow.parquet as pq
 from jobs.errors import CatalogError
 
 
-def read_pairs(path: str, columns: Sequence[str], *, key: str) -> tuple[pa.Table, str]:
+def read_pairs(
+    path: str, columns: Sequence[str], *, key: str, optional: Sequence[str] = ()
+) -> tuple[pa.Table, str]:
     """Read the columns of a Parquet file, and name the folder its image URIs start from.
 
     Args:
         path: A file, local or `s3://`.
         columns: Those that must be there.
         key: The configuration's key that names the file, for the errors.
+        optional: Columns that are read too where the file has them.
 
     Returns:
         The table, at least one row, and the folder: absolute, or with its protocol.
@@ -36,4 +39,5 @@ def read_pairs(path: str, columns: Sequence[str], *, key: str) -> tuple[pa.Table
     if not table.num_rows:
         raise CatalogError(f"{key} {path} is empty")
     root = path.rpartition("/")[0] or "."
-    return table.select(list(columns)), root if "://" in root else str(Path(root).absolute())
+    present = [name for name in optional if name in table.column_names]
+    return table.select([*columns, *present]), root if "://" in root else str(Path(root).absolute())

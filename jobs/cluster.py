@@ -1,6 +1,5 @@
 """Starts Ray the way Vitrine needs it, and passes our errors through it."""
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,7 +36,6 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         return
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     local = {
         # Two slots at the least: an actor that held the only one would starve the reading tasks.
         "num_cpus": max(2, os.cpu_count() or 2),

@@ -51,16 +51,25 @@ class CatalogConfig(Section):
 class EmbedConfig(Section):
     """How products become vectors."""
 
-    fields: tuple[FieldName, ...] = Field(
-        default=("image", "text"),
+    fields: tuple[FieldName, ...] | None = Field(
+        default=None,
         min_length=1,
-        description="Which vectors a product has. A row is live only if all of them exist.",
+        description="Which vectors a product has; none: image and text, or multimodal for an MSR "
+        "encoder. A row is live only if all of them exist; multimodal alone needs one of image "
+        "and text.",
     )
-    image_weight: float = Field(
-        default=0.5,
+    image_weight: float | None = Field(
+        default=None,
         ge=0,
         le=1,
-        description="Weight of the image in `multimodal` and in image + text queries.",
+        description="Share of the image in a product's `multimodal` vector; none: the "
+        "checkpoint's. Another one embeds nothing again.",
+    )
+    query_image_weight: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Share of the photo in a query of photo and words; none: the checkpoint's.",
     )
     batch_size: int = Field(default=64, gt=0, description="Rows a forward pass.")
     actors: int = Field(
@@ -103,12 +112,18 @@ class EvaluateConfig(Section):
 
     queries: str | None = Field(
         default=None,
-        description="Parquet of labelled queries: query_image_uri and/or query_text, product_id.",
+        description="Parquet of labelled queries: query_image_uri and/or query_text, product_id; "
+        "optional query_id (its rows are one query) and gain (right is what is above 0).",
     )
     sample_rows: int = Field(
         default=1000, gt=0, description="Catalog vectors used as queries against exact search."
     )
     max_queries: int = Field(default=1000, gt=0, description="Most labelled queries to run.")
+    category: str | None = Field(
+        default=None,
+        description="Catalog column that `evaluate` breaks its figures down by; of a list, its "
+        "first element. None: `category`, where the catalog has it.",
+    )
 
 
 class GateConfig(Section):
@@ -135,12 +150,68 @@ class TrainConfig(Section):
     """How an encoder is trained from pairs."""
 
     pairs: str = Field(description="Parquet of training pairs.")
-    validation: str | None = Field(default=None, description="Parquet of validation pairs.")
+    validation: str | None = Field(
+        default=None, description="Parquet of validation pairs; without it the last step is kept."
+    )
+    preset: Literal["image_only", "mim3", "mim4", "msr3", "msr4"] = Field(
+        default="mim3", description="Which roles are contrasted: see the README."
+    )
+    init_from: str | None = Field(
+        default=None,
+        description="A checkpoint to start from, instead of `encoder`: mim4 starts from mim3.",
+    )
     steps: int = Field(default=600, gt=0, description="Optimiser steps.")
-    batch_size: int = Field(default=64, gt=1, description="Pairs a step.")
+    batch_size: int = Field(default=64, gt=1, description="Pairs a step, over all workers.")
+    accumulate: int = Field(
+        default=1,
+        gt=0,
+        description="Parts a worker's share of a batch is encoded in; negatives stay the batch's.",
+    )
     learning_rate: float = Field(default=1e-3, gt=0, description="Peak, after the warm-up.")
+    warmup_steps: int | None = Field(
+        default=None, ge=0, description="Steps of linear rise; none: a tenth, at most 50."
+    )
+    weight_decay: float = Field(default=0.1, ge=0, description="Of AdamW, on matrices only.")
+    max_gradient_norm: float = Field(default=1.0, gt=0, description="Longer ones are clipped.")
     text_loss_weight: float = Field(
-        default=0.5, ge=0, description="Lambda of the image-text terms (our reconstruction)."
+        default=0.5, ge=0, description="Lambda of the terms with a text (our reconstruction)."
+    )
+    query_image_weight: float = Field(
+        default=0.5, ge=0, le=1, description="Share of the photo in the fused query of mim4's loss."
+    )
+    augment: bool = Field(
+        default=True, description="Crop, flip, recolour and blur street photos at random."
+    )
+    lock: Literal["none", "image", "text"] = Field(
+        default="none", description="A tower that stays as it is (LiT-style)."
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Compute activations twice, to save memory."
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="auto: bf16 autocast on a GPU, fp32 on a CPU."
+    )
+    fusion: Literal["concat", "alpha_concat", "mlp"] = Field(
+        default="mlp", description="How msr presets fuse a product's text and image."
+    )
+    image_weight: float = Field(
+        default=0.5, ge=0, le=1, description="1 - alpha of alpha_concat while training."
+    )
+    text_encoder: EncoderSpec | None = Field(
+        default=None,
+        description="msr4: the encoder whose text tower is the bi-encoder of query and product.",
+    )
+    hard_negatives: int = Field(
+        default=3, ge=0, description="msr: mined wrong products a query, at each validation anew."
+    )
+    validate_every: int | None = Field(
+        default=None, gt=0, description="Steps between validations; none: a tenth of all."
+    )
+    validation_queries: int = Field(
+        default=1000, gt=0, description="Most validation pairs that are searched."
+    )
+    workers: int = Field(
+        default=0, ge=0, description="Training processes; 0: one a GPU, or one on the CPU."
     )
     seed: int = Field(default=0, ge=0, description="Seeds weights, order and augmentation.")
 

@@ -4,6 +4,7 @@ One streaming Ray Data execution: read units -> fetch, decode, tokenise (CPU tas
 (actors) -> write a data file (tasks); the driver commits the files as they come.
 """
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +18,8 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from jobs.cluster import cluster_cpus, cluster_gpus, job_error
 from jobs.diff import Diff
-from jobs.embed_steps import Embedder, EmbedTask, prepare_rows, write_data_file, write_rows
+from jobs.embed_steps import Embedder, EmbedTask, prepare_rows
+from jobs.embed_write import write_data_file, write_rows
 from jobs.errors import JobError
 from jobs.schemas import DELETE, EMBEDDINGS
 from jobs.store import DataFile
@@ -120,6 +122,7 @@ def _written_files(task: EmbedTask, diff: Diff) -> Iterator[dict[str, Any]]:
 
 
 def _set_data_context() -> None:
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # here: its import sets the level anew
     context = DataContext.get_current()
     for name, value in (
         ("target_max_block_size", 32 * 2**20),
@@ -139,7 +142,7 @@ def _write_deletes(task: EmbedTask, diff: Diff) -> DataFile:
         "vector_id": pa.array(diff.removed),
         "generation": pa.array(np.full(rows, task.generation, np.int64)),
         "operation": pa.array([DELETE] * rows),
-        "encoder": pa.array([task.encoder] * rows),
+        "encoder": pa.array([task.space.encoder] * rows),
         "content_hash": pa.array(np.zeros(rows, np.int64)),
     }
     table = pa.table(

@@ -1,20 +1,17 @@
-"""The steps of the embedding stage, as Ray Data runs them: prepare, embed, write.
+"""The steps of the embedding stage, as Ray Data runs them: prepare, embed. See `embed_write`.
 
-Letters: B rows of a batch, N rows of a data file, D dimension, H W pixels, L tokens.
+Letters: B rows of a batch, D dimension, H W pixels, L tokens.
 """
 
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from encoders.spec import PreprocessSpec
@@ -24,11 +21,17 @@ from jobs.diff import locate
 from jobs.fetch import fetch_images
 from jobs.images import ImageRejected, ImagesConfig, RejectReason, decode_image
 from jobs.items import Item, read_items
-from jobs.schemas import EMBEDDING_FIELDS, EMBEDDINGS, REJECT, UPSERT
-from jobs.store import DataFile, Store
+from jobs.space import VectorSpace
+from jobs.store import Store
+
+if TYPE_CHECKING:
+    from encoders.encoder import Encoder
 
 Batch = dict[str, npt.NDArray[Any]]
+BoolArray = npt.NDArray[np.bool_]
+Fault = ImageRejected | None
 MIN_NORM, MAX_NORM = 0.99, 1.01
+NO_IMAGE_COLUMN = "the catalog has no image column"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,30 +42,18 @@ class EmbedTask:
     images: ImagesConfig
     embed: EmbedConfig
     store: Store
-    encoder: str
-    preprocess: PreprocessSpec
+    space: VectorSpace
     generation: int
 
     @property
-    def needs_image(self) -> bool:
-        """Whether rows need an image."""
-        return "image" in self.embed.fields or "multimodal" in self.embed.fields
+    def loads_images(self) -> bool:
+        """Whether pictures are fetched: the vectors are made from them, and the catalog has any."""
+        return "image" in self.space.takes and "image" in self.catalog.columns
 
     @property
-    def needs_text(self) -> bool:
-        """Whether rows need a text."""
-        return "text" in self.embed.fields or "multimodal" in self.embed.fields
-
-    @property
-    def recipe(self) -> str:
-        """What is made of the content, as part of its hash."""
-        return recipe(self.embed)
-
-
-def recipe(embed: EmbedConfig) -> str:
-    """Name what is made of a row's content: a row of another recipe is embedded again."""
-    weight = embed.image_weight if "multimodal" in embed.fields else None
-    return f"fields={','.join(sorted(embed.fields))} image_weight={weight}"
+    def loads_texts(self) -> bool:
+        """Whether texts are tokenised."""
+        return "text" in self.space.takes
 
 
 def prepare_rows(batch: Batch, *, task: EmbedTask, todo: ray.ObjectRef) -> Iterator[Batch]:
@@ -75,12 +66,13 @@ def prepare_rows(batch: Batch, *, task: EmbedTask, todo: ray.ObjectRef) -> Itera
 
     Yields:
         Batches of B rows: keys, `pixels` (B, H, W, 3) uint8 and `tokens` (B, L) int64 where the
-        fields need them, and `reject_reason`, empty where the row is good.
+        fields need them, `has_image`, `has_text` and `rejected`, and `reject_reason`: empty where
+        nothing is wrong; why the row is rejected; or what a live row lacks.
     """
     waiting: list[Item] = []
     todo_ids = ray.get(todo)
     for number in batch["unit"].tolist():
-        for items in read_items(task.catalog, task.catalog.units[number], task.recipe):
+        for items in read_items(task.catalog, task.catalog.units[number], task.space.recipe):
             _, planned = locate(todo_ids, np.array([i.vector_id for i in items], np.int64))
             waiting += [item for item, wanted in zip(items, planned, strict=True) if wanted]
             while len(waiting) >= task.embed.batch_size:
@@ -91,7 +83,6 @@ def prepare_rows(batch: Batch, *, task: EmbedTask, todo: ray.ObjectRef) -> Itera
 
 
 def _prepare(task: EmbedTask, items: Sequence[Item]) -> Batch:
-    rejects: list[ImageRejected | None] = [None] * len(items)
     seconds = {"fetch_s": 0.0, "decode_s": 0.0, "tokenize_s": 0.0}
     batch: Batch = {
         "product_id": np.array([i.product_id for i in items], object),
@@ -100,23 +91,62 @@ def _prepare(task: EmbedTask, items: Sequence[Item]) -> Batch:
         "content_hash": np.array([i.content_hash for i in items], np.int64),
         "image_bytes": np.zeros(len(items), np.int64),
     }
-    if task.needs_text:
-        started = time.monotonic()
-        for place, item in enumerate(items):
-            rejects[place] = _check_text(item.text, task.catalog.max_text_chars)
-        good = [item.text if r is None else "" for item, r in zip(items, rejects, strict=True)]
-        batch["tokens"] = _tokenizer(task)(good)
-        seconds["tokenize_s"] = time.monotonic() - started
-    if task.needs_image:
-        _load_pixels(task, items, rejects, batch, seconds)
-    batch["reject_reason"] = np.array([str(r.reason) if r else "" for r in rejects], object)
-    batch["reject_detail"] = np.array([r.detail if r else "" for r in rejects], object)
+    texts = _load_tokens(task, items, batch, seconds)
+    images = _load_pixels(task, items, texts, batch, seconds)
+    judged = [judge_row(task.space, *faults) for faults in zip(images, texts, strict=True)]
+    reasons = [fault for _, fault in judged]
+    batch["rejected"] = np.array([rejected for rejected, _ in judged], bool)
+    batch["reject_reason"] = np.array([str(r.reason) if r else "" for r in reasons], object)
+    batch["reject_detail"] = np.array([r.detail if r else "" for r in reasons], object)
+    batch["has_image"] = np.array([fault is None for fault in images], bool)
+    batch["has_text"] = np.array([fault is None for fault in texts], bool)
     for name, value in seconds.items():  # spread over the rows, so that a sum gives it back
         batch[name] = np.full(len(items), value / len(items))
     return batch
 
 
-def _check_text(text: str, max_chars: int) -> ImageRejected | None:
+def judge_row(space: VectorSpace, image: Fault, text: Fault) -> tuple[bool, Fault]:
+    """Decide from the faults of a row's image and text whether it can be live.
+
+    A row that lacks what no field requires is live by the rest; but a passing fault rejects it,
+    so that the next refresh tries again.
+
+    Args:
+        space: Says what the fields are made from and what they require.
+        image: What is wrong with the image, or None.
+        text: What is wrong with the text, or None.
+
+    Returns:
+        Whether the row is rejected, and the reason: for that, or for what a live row lacks.
+    """
+    image = image if "image" in space.takes else None
+    text = text if "text" in space.takes else None
+    if text is not None and "text" in space.requires:
+        return True, text
+    if image is not None and ("image" in space.requires or image.reason.transient):
+        return True, image
+    if image is not None and (text is not None or "text" not in space.takes):
+        detail = image.detail if text is None else f"{image.detail}; and {text}"
+        return True, ImageRejected(image.reason, detail)
+    if text is not None and "image" not in space.takes:
+        return True, text
+    return False, image or text
+
+
+def _load_tokens(
+    task: EmbedTask, items: Sequence[Item], batch: Batch, seconds: dict[str, float]
+) -> list[Fault]:
+    """Fill `tokens` where texts are wanted; return what is wrong with each text."""
+    started = time.monotonic()
+    faults = [_check_text(item.text, task.catalog.max_text_chars) for item in items]
+    if task.loads_texts:
+        good = [item.text if f is None else "" for item, f in zip(items, faults, strict=True)]
+        batch["tokens"] = _tokenizer(task)(good)
+    seconds["tokenize_s"] = time.monotonic() - started
+    return faults
+
+
+def _check_text(text: str, max_chars: int) -> Fault:
     if not text:
         return ImageRejected(RejectReason.EMPTY_TEXT, "all columns of the text template are empty")
     if len(text) > max_chars:
@@ -128,26 +158,34 @@ def _check_text(text: str, max_chars: int) -> ImageRejected | None:
 def _load_pixels(
     task: EmbedTask,
     items: Sequence[Item],
-    rejects: list[ImageRejected | None],
+    texts: Sequence[Fault],
     batch: Batch,
     seconds: dict[str, float],
-) -> None:
-    """Fill `pixels`; rows that were rejected before are not fetched."""
+) -> list[Fault]:
+    """Fill `pixels` where images are wanted; return what is wrong with each image.
+
+    The images of rows that their text has rejected are not fetched.
+    """
+    if not task.loads_images:
+        return [ImageRejected(RejectReason.MISSING_IMAGE, NO_IMAGE_COLUMN) for _ in items]
     started = time.monotonic()
-    wanted = [place for place, reject in enumerate(rejects) if reject is None]
+    faults: list[Fault] = [None] * len(items)
+    skips = "text" in task.space.requires
+    wanted = [place for place, text in enumerate(texts) if text is None or not skips]
     fetched = fetch_images([items[p].image for p in wanted], task.catalog.root, task.images)
     fetch_end = time.monotonic()
-    side = task.preprocess.size_px
+    side = task.space.preprocess.size_px
     pixels = np.zeros((len(items), side, side, 3), np.uint8)
     for place, data in zip(wanted, fetched, strict=True):
         try:
-            pixels[place] = load_pixels(data, task.images, task.preprocess)
+            pixels[place] = load_pixels(data, task.images, task.space.preprocess)
             batch["image_bytes"][place] = len(data) if isinstance(data, bytes) else 0
         except ImageRejected as reject:
-            rejects[place] = reject
+            faults[place] = reject
     batch["pixels"] = pixels
     seconds["fetch_s"] = fetch_end - started
     seconds["decode_s"] = time.monotonic() - fetch_end
+    return faults
 
 
 def load_pixels(
@@ -170,14 +208,14 @@ _tokenizers: dict[str, Any] = {}
 
 
 def _tokenizer(task: EmbedTask) -> Any:  # noqa: ANN401
-    """Return the encoder's tokenizer, built once a process."""
-    if task.encoder not in _tokenizers:
-        from encoders.checkpoint import read_checkpoint_config
-        from encoders.preprocess import load_tokenizer
+    """Return the tokenizer of product texts, built once a process."""
+    encoder = task.space.encoder
+    if encoder not in _tokenizers:
+        from encoders.checkpoint import load_tokenizers
 
-        directory = task.store.local_copy(checkpoint_cache(), "checkpoints", task.encoder)
-        _tokenizers[task.encoder] = load_tokenizer(read_checkpoint_config(directory)[0])
-    return _tokenizers[task.encoder]
+        directory = task.store.local_copy(checkpoint_cache(), "checkpoints", encoder)
+        _tokenizers[encoder] = load_tokenizers(directory).product
+    return _tokenizers[encoder]
 
 
 def checkpoint_cache() -> Path:
@@ -201,121 +239,57 @@ class Embedder:
 
         torch.set_num_threads(threads)
         self.task = task
-        directory = task.store.local_copy(checkpoint_cache(), "checkpoints", task.encoder)
-        self.encoder = load_encoder(
-            directory, precision=task.embed.precision, expected_fingerprint=task.encoder
+        directory = task.store.local_copy(checkpoint_cache(), "checkpoints", task.space.encoder)
+        self.encoder: Encoder = load_encoder(
+            directory, precision=task.embed.precision, expected_fingerprint=task.space.encoder
         )
 
     def __call__(self, batch: Batch) -> Batch:
-        """Replace `pixels` and `tokens` by one `<field>_embedding` (B, D) float32 a field."""
+        """Replace `pixels` and `tokens` by one `<name>_embedding` (B, D) float32 a stored vector.
+
+        A row is NaN where there is none.
+        """
         started = time.monotonic()
         for name in ("reject_reason", "reject_detail"):
             batch[name] = np.array(batch[name], object)  # Ray's own is read-only
-        good = batch["reject_reason"] == ""
-        vectors = self._embed(batch, good)
-        for row in np.flatnonzero(good):
-            bad = [n for n, v in vectors.items() if not _is_unit(v[row])]
-            if bad:
-                batch["reject_reason"][row] = str(RejectReason.BAD_VECTOR)
-                batch["reject_detail"][row] = f"the encoder's {bad[0]} vector is not of unit length"
-        kept = {k: v for k, v in batch.items() if k not in ("pixels", "tokens")}
-        kept |= {f"{name}_embedding": value for name, value in vectors.items()}
-        kept["embed_s"] = np.full(len(good), (time.monotonic() - started) / len(good))
+        batch["rejected"] = np.array(batch["rejected"], bool)
+        vectors = self._embed(batch, ~batch["rejected"])
+        for name, rows in vectors.items():
+            needed = ~batch["rejected"] & self._needs(name, batch)
+            bad = needed & ~_are_unit(rows)
+            batch["rejected"] |= bad
+            batch["reject_reason"][bad] = str(RejectReason.BAD_VECTOR)
+            batch["reject_detail"][bad] = f"the encoder's {name} vector is not of unit length"
+        dropped = ("pixels", "tokens", "has_image", "has_text")
+        kept = {name: column for name, column in batch.items() if name not in dropped}
+        kept |= {f"{name}_embedding": rows for name, rows in vectors.items()}
+        rows = len(batch["rejected"])
+        kept["embed_s"] = np.full(rows, (time.monotonic() - started) / rows)
         return kept
 
-    def _embed(self, batch: Batch, good: npt.NDArray[np.bool_]) -> dict[str, Any]:
-        from encoders.encoder import fuse
-
-        found: dict[str, Any] = {}
-        if good.any() and self.task.needs_image:
-            found["image"] = self.encoder.encode_images(_as_uint8(batch["pixels"][good]))
-        if good.any() and self.task.needs_text:
-            # A product's images share its text: embed each text of the batch once.
-            texts, places = np.unique(batch["tokens"][good], axis=0, return_inverse=True)
-            found["text"] = self.encoder.encode_texts(texts)[places.reshape(-1)]
-        if good.any() and "multimodal" in self.task.embed.fields:
-            weight = self.task.embed.image_weight
-            found["multimodal"] = fuse(found["image"], found["text"], weight)
-        vectors: dict[str, Any] = {}
-        for name in self.task.embed.fields:
-            vectors[name] = np.zeros((len(good), self.encoder.dim), np.float32)
-            if good.any():
-                vectors[name][good] = found[name]
+    def _embed(self, batch: Batch, good: BoolArray) -> dict[str, Any]:
+        space = self.task.space
+        size = (len(good), space.dim)
+        vectors = {name: np.full(size, np.nan, np.float32) for name in space.columns}
+        if good.any():
+            pixels = _as_uint8(batch["pixels"][good]) if self.task.loads_images else None
+            tokens = batch["tokens"][good] if self.task.loads_texts else None
+            masks = batch["has_image"][good], batch["has_text"][good]
+            for name, rows in self.encoder.encode_products(pixels, tokens, *masks).items():
+                vectors[name][good] = rows
         return vectors
+
+    def _needs(self, name: str, batch: Batch) -> BoolArray:
+        """Say which rows must have a vector: only a weighted sum goes on without one."""
+        if self.task.space.fusion.kind == "sum":
+            return np.asarray(batch[f"has_{name}"], bool)
+        return np.ones(len(batch["rejected"]), bool)
 
 
 def _as_uint8(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(pixels, dtype=np.uint8)
 
 
-def _is_unit(vector: npt.NDArray[np.float32]) -> bool:
-    return bool(MIN_NORM < float(np.linalg.norm(vector)) < MAX_NORM)
-
-
-def write_rows(batch: Batch, *, task: EmbedTask) -> pa.Table:
-    """Write one data file of the embeddings table; return one small row that describes it."""
-    started = time.monotonic()
-    rows = len(batch["vector_id"])
-    bad = np.array(batch["reject_reason"], object) != ""
-    columns: dict[str, Any] = {
-        name: batch[name] for name in ("product_id", "image_number", "vector_id", "content_hash")
-    }
-    columns["generation"] = np.full(rows, task.generation, np.int64)
-    columns["operation"] = np.where(bad, REJECT, UPSERT).astype(object)
-    columns["encoder"] = np.full(rows, task.encoder, object)
-    for name in ("reject_reason", "reject_detail"):
-        columns[name] = pa.array(batch[name], pa.string(), mask=~bad)
-    for name in EMBEDDING_FIELDS:
-        column = f"{name}_embedding"
-        columns[column] = _list_array(batch.get(column), bad)
-    table = pa.table(
-        {
-            name: pa.array(columns[name], EMBEDDINGS.field(name).type)
-            if not isinstance(columns[name], pa.Array)
-            else columns[name]
-            for name in EMBEDDINGS.names
-        },
-        schema=EMBEDDINGS,
-    )
-    file = write_data_file(task.store, table, task.generation)
-    names, counts = np.unique(batch["reject_reason"][bad].astype(str), return_counts=True)
-    sums = ("fetch_s", "decode_s", "tokenize_s", "embed_s", "image_bytes")
-    row = {name: [batch[name].sum()] for name in sums}
-    described = {
-        "path": [file.path],
-        "size_bytes": [file.size_bytes],
-        "rows": [rows],
-        "rejected": [int(bad.sum())],
-        "reason_names": [names.tolist()],
-        "reason_counts": [counts.tolist()],
-        "write_s": [time.monotonic() - started],
-    }
-    return pa.table(row | described)
-
-
-def _list_array(vectors: npt.NDArray[np.float32] | None, bad: npt.NDArray[np.bool_]) -> pa.Array:
-    """Pack (N, D) vectors, rounded to float16, as lists; null where the row is bad."""
-    if vectors is None:
-        return pa.nulls(len(bad), pa.list_(pa.float32()))
-    vectors = np.stack(list(vectors)) if vectors.dtype == object else vectors
-    good = vectors[~bad].astype(np.float16).astype(np.float32)
-    ends = np.concatenate([[0], np.cumsum(~bad)]).astype(np.int32) * vectors.shape[1]
-    offsets = pa.array(ends, mask=np.append(bad, False))
-    return pa.ListArray.from_arrays(offsets, pa.array(good.reshape(-1), pa.float32()))
-
-
-def write_data_file(store: Store, table: pa.Table, generation: int) -> DataFile:
-    """Write a table as one Parquet file below the embeddings table; no commit names it yet."""
-    name = f"generation-{generation:06d}-{uuid.uuid4().hex}.parquet"
-    filesystem = store.filesystem()
-    target = store.uri("embeddings", name)
-    lists = [f"{field}_embedding.list.element" for field in EMBEDDING_FIELDS]
-    with filesystem.open(target, "wb") as handle:
-        pq.write_table(
-            table,
-            handle,
-            compression="zstd",
-            use_dictionary=["operation", "encoder", "reject_reason"],
-            use_byte_stream_split=lists,
-        )
-    return DataFile(name, filesystem.size(target), table.num_rows)
+def _are_unit(vectors: npt.NDArray[np.float32]) -> BoolArray:
+    norms = np.linalg.norm(vectors, axis=1)
+    return np.asarray((norms > MIN_NORM) & (norms < MAX_NORM))

@@ -4,7 +4,6 @@ A field at a time: a uniform sample trains an empty template, Ray tasks add one 
 clones of it, one task merges and writes, exact search over the same files measures the result.
 """
 
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,7 +12,6 @@ from typing import Any
 import faiss
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import ray
 
 from indexing.build import (
@@ -25,74 +23,28 @@ from indexing.build import (
     write_index,
 )
 from indexing.metrics import list_imbalance
-from indexing.search import merge_topk, search_exact, search_index
+from indexing.search import search_index
 from indexing.spec import IndexSpec
 from indexing.tune import tune_nprobe
-from jobs.cluster import cluster_cpus, gather, gather_bounded
+from jobs.cluster import gather
 from jobs.config import IndexConfig
-from jobs.diff import OPERATIONS, locate, read_data_file
+from jobs.diff import OPERATIONS, locate
 from jobs.errors import ConfigError
 from jobs.schemas import UPSERT
+from jobs.space import VectorField
 from jobs.store import Store, scratch_folder
+from jobs.vectors import (
+    Float32Array,
+    Int64Array,
+    LiveRows,
+    concatenate,
+    exact_search,
+    gather_vectors,
+    read_vectors,
+)
 
-Int64Array = npt.NDArray[np.int64]
-Float32Array = npt.NDArray[np.float32]
 EXACT_K = 10
 INDEX_THREADS = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class LiveRows:
-    """The rows a release is made of.
-
-    Attributes:
-        vector_id: (N,) int64, sorted.
-        generation: (N,) int64: which of the rows of that id is live.
-        product: (N,) int64 hash of the product id.
-        first: (N,) bool: the product's first live image. A text field is indexed once a product.
-        files: Data files that hold a live row.
-        rejected: Catalog rows that are not live.
-    """
-
-    vector_id: Int64Array
-    generation: Int64Array
-    product: Int64Array
-    first: npt.NDArray[np.bool_]
-    files: tuple[str, ...]
-    rejected: int
-
-    @property
-    def products(self) -> int:
-        """How many products have a live row."""
-        return int(self.first.sum())
-
-    def select(self, field: str) -> "LiveRows":
-        """Return the rows that a field's index holds."""
-        if field != "text":
-            return self
-        keep = self.first
-        return LiveRows(
-            vector_id=self.vector_id[keep],
-            generation=self.generation[keep],
-            product=self.product[keep],
-            first=self.first[keep],
-            files=self.files,
-            rejected=self.rejected,
-        )
-
-    def draw(self, rows: int, *, seed: int, salt: str) -> Int64Array:
-        """Draw rows uniformly, by their ids alone: the order of the catalog has no part in it.
-
-        Returns:
-            (min(rows, N),) int64 vector ids, sorted.
-        """
-        mix = np.frombuffer(hashlib.sha256(f"{salt}/{seed}".encode()).digest()[:8], np.uint64)[0]
-        keys = self.vector_id.astype(np.uint64) ^ mix
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
-            keys = (keys ^ (keys >> np.uint64(shift))) * np.uint64(factor)
-        keys ^= keys >> np.uint64(31)
-        rows = min(rows, len(keys))
-        return np.sort(self.vector_id[np.argsort(keys, kind="stable")[:rows]])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,9 +131,8 @@ def choose_spec(config: IndexConfig, ntotal: int, dim: int) -> tuple[IndexSpec, 
 
 
 def build_index(
-    field: str,
+    field: VectorField,
     live: LiveRows,
-    dim: int,
     config: IndexConfig,
     store: Store,
     target: tuple[str, int],
@@ -192,7 +143,6 @@ def build_index(
     Args:
         field: The field.
         live: All live rows; the field takes its own of them.
-        dim: D.
         config: The index section.
         store: Where the vectors are and the index goes.
         target: (name of the folder below `indexes/`, number of sampled queries).
@@ -200,34 +150,35 @@ def build_index(
 
     Raises:
         ConfigError: The configured index can't be built from so many rows.
+        StoreError: A live row has no vector of this field.
     """
-    rows = live.select(field)
-    spec, why = choose_spec(config, len(rows.vector_id), dim)
+    rows = live.select(field.name)
+    spec, why = choose_spec(config, len(rows.vector_id), field.dim)
     reference = ray.put(rows)
     folder, sample_rows = target
 
     progress(f"train {spec.factory}")
     train_ids = rows.draw(
-        config.train_rows if spec.nlist else 0, seed=config.seed, salt=f"train/{field}"
+        config.train_rows if spec.nlist else 0, seed=config.seed, salt=f"train/{field.name}"
     )
-    sample = _gather_vectors(store, field, reference, live.files, train_ids)
+    sample = gather_vectors(store, field, reference, live.files, train_ids)
     template = _train.remote(spec, config.seed, *sample)
 
     progress("add and merge")
     parts = [_add.remote(store, file, field, reference, template) for file in live.files]
-    name = f"{field}.faiss"
+    name = f"{field.name}.faiss"
     sha256, size_bytes, ntotal, imbalance = gather([_merge.remote(store, folder, name, *parts)])[0]
 
     progress("measure against exact search")
-    query_ids = rows.draw(sample_rows, seed=config.seed, salt=f"measure/{field}")
-    queries = _gather_vectors(store, field, reference, live.files, query_ids)
-    joined = _join.remote(*queries)
-    exact = _exact_search(store, field, reference, live.files, joined)
+    query_ids = rows.draw(sample_rows, seed=config.seed, salt=f"measure/{field.name}")
+    ids, queries = _join.remote(*gather_vectors(store, field, reference, live.files, query_ids))
+    exact = ray.put(exact_search(store, field, reference, live.files, queries, EXACT_K))
+    address = (folder, name, sha256)
     point, curve, found_self = gather(
-        [_measure.remote(store, (folder, name, sha256), joined, exact, config.target_intersection)]
+        [_measure.remote(store, address, ids, queries, exact, config.target_intersection)]
     )[0]
     return FieldIndex(
-        field=field,
+        field=field.name,
         file=name,
         sha256=sha256,
         size_bytes=size_bytes,
@@ -244,85 +195,32 @@ def build_index(
     )
 
 
-def read_vectors(
-    store: Store, file: str, field: str, rows: LiveRows, wanted: Int64Array | None = None
-) -> tuple[Int64Array, Float32Array]:
-    """Read a data file's live vectors of one field.
-
-    Args:
-        store: The store.
-        file: The data file.
-        field: The field.
-        rows: The field's live rows.
-        wanted: (M,) sorted vector ids to keep; all live ones if None.
-
-    Returns:
-        Ids (N,) int64 and vectors (N, D) float32 unit rows, sorted by id.
-    """
-    column = f"{field}_embedding"
-    table = read_data_file(store, file, ["vector_id", "generation", "operation", column])
-    ids = table["vector_id"].to_numpy()
-    places, known = locate(rows.vector_id, ids)
-    keep = known & (table["operation"].to_numpy() == UPSERT)
-    if len(rows.vector_id):
-        keep &= rows.generation[places] == table["generation"].to_numpy()
-    if wanted is not None:
-        keep &= locate(wanted, ids)[1]
-    kept = table.filter(pa.array(keep)).sort_by("vector_id")
-    lists = kept[column].combine_chunks()
-    values = lists.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    vectors = values.reshape(len(kept), -1) if len(kept) else np.zeros((0, 0), np.float32)
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)  # float16 rounding moved them a little
-    return kept["vector_id"].to_numpy(), np.ascontiguousarray(vectors / norms)
-
-
-def _gather_vectors(
-    store: Store,
-    field: str,
-    rows: Any,  # noqa: ANN401 - a reference
-    files: tuple[str, ...],
-    wanted: Int64Array,
-) -> list[Any]:
-    """Start a task a file that reads the wanted vectors; return their references."""
-    return [_read_wanted.remote(store, file, field, rows, wanted) for file in files]
-
-
-@ray.remote(num_cpus=1)
-def _read_wanted(
-    store: Store, file: str, field: str, rows: LiveRows, wanted: Int64Array
-) -> tuple[Int64Array, Float32Array]:
-    return read_vectors(store, file, field, rows, wanted)
-
-
-def _concatenate(parts: tuple[tuple[Int64Array, Float32Array], ...]) -> tuple[Int64Array, Any]:
-    filled = [(ids, vectors) for ids, vectors in parts if len(ids)]
-    if not filled:
-        return np.zeros(0, np.int64), np.zeros((0, 0), np.float32)
-    ids = np.concatenate([part[0] for part in filled])
-    order = np.argsort(ids)
-    return ids[order], np.concatenate([part[1] for part in filled])[order]
-
-
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=1, num_returns=2)
 def _join(*parts: tuple[Int64Array, Float32Array]) -> tuple[Int64Array, Float32Array]:
-    return _concatenate(parts)
+    return concatenate(parts)
 
 
 @ray.remote(num_cpus=1)
 def _train(spec: IndexSpec, seed: int, *parts: tuple[Int64Array, Float32Array]) -> Any:  # noqa: ANN401
     """Train on this task's own cores; the sample is sorted by id, so the order is always one."""
     faiss.omp_set_num_threads(os.cpu_count() or 1)
-    _, vectors = _concatenate(parts)
+    _, vectors = concatenate(parts)
     sample = vectors.reshape(-1, spec.dim)
     return faiss.serialize_index(train_index(spec, sample, seed=seed))
 
 
 @ray.remote(num_cpus=1)
-def _add(store: Store, file: str, field: str, rows: LiveRows, template: Any) -> Any:  # noqa: ANN401
+def _add(
+    store: Store,
+    file: str,
+    field: VectorField,
+    rows: LiveRows,
+    template: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
     faiss.omp_set_num_threads(1)
     index = faiss.deserialize_index(template.copy())
     ids, vectors = read_vectors(store, file, field, rows)
-    return faiss.serialize_index(add_vectors(index, ids, vectors.reshape(-1, index.d)))
+    return faiss.serialize_index(add_vectors(index, ids, vectors))
 
 
 @ray.remote(num_cpus=1)
@@ -339,38 +237,12 @@ def _merge(store: Store, folder: str, name: str, *parts: Any) -> tuple[str, int,
     return sha256, size_bytes, merged.ntotal, list_imbalance(sizes) if len(sizes) else 1.0
 
 
-def _exact_search(
-    store: Store,
-    field: str,
-    rows: Any,  # noqa: ANN401 - a reference
-    files: tuple[str, ...],
-    queries: Any,  # noqa: ANN401 - a reference
-) -> Any:  # noqa: ANN401
-    """Return a reference to exact (scores, ids) of the queries over all files."""
-
-    def submit(file: str) -> Any:  # noqa: ANN401
-        return _exact_block.remote(store, file, field, rows, queries)
-
-    best: Any = None
-    for part in gather_bounded(submit, files, in_flight=2 * cluster_cpus()):
-        best = part if best is None else merge_topk([best, part], EXACT_K)
-    return ray.put(best)
-
-
-@ray.remote(num_cpus=1)
-def _exact_block(
-    store: Store, file: str, field: str, rows: LiveRows, queries: tuple[Int64Array, Float32Array]
-) -> tuple[Float32Array, Int64Array]:
-    ids, vectors = read_vectors(store, file, field, rows)
-    vectors = vectors.reshape(-1, queries[1].shape[1])
-    return search_exact(queries[1], [(ids, vectors)], EXACT_K)
-
-
 @ray.remote(num_cpus=1)
 def _measure(
     store: Store,
     address: tuple[str, str, str],
-    queries: tuple[Int64Array, Float32Array],
+    ids: Int64Array,
+    queries: Float32Array,
     exact: tuple[Float32Array, Int64Array],
     target: float,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], float]:
@@ -380,9 +252,9 @@ def _measure(
     cache = scratch_folder("measure")
     index = read_index(store.local_copy(cache, "indexes", folder, name), sha256=sha256)
     k = min(EXACT_K, index.ntotal)
-    point, curve = tune_nprobe(index, queries[1], exact[1], k=k, target_intersection=target)
-    _, found = search_index(index, queries[1], k)
-    return asdict(point), [asdict(p) for p in curve], _self_retrieval(queries[0], found, exact)
+    point, curve = tune_nprobe(index, queries, exact[1], k=k, target_intersection=target)
+    _, found = search_index(index, queries, k)
+    return asdict(point), [asdict(p) for p in curve], _self_retrieval(ids, found, exact)
 
 
 def _self_retrieval(

@@ -96,7 +96,7 @@ def read_items(catalog: Catalog, unit: Unit, recipe: str) -> Iterator[list[Item]
     Args:
         catalog: The checked catalog.
         unit: What to read.
-        recipe: Names what is made of the content (fields, fusion weight); part of each
+        recipe: Names what is made of the content (see `VectorSpace.recipe`); part of each
             `content_hash`, so that another recipe embeds again.
 
     Raises:

@@ -1,37 +1,31 @@
 """The `refresh` command: embed what changed, build the indexes, publish if quality holds."""
 
 import json
-import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
-import pyarrow.compute as pc
-
-from encoders.checkpoint import create_checkpoint, read_checkpoint_config
-from encoders.spec import PreprocessSpec
-from jobs.catalog import Catalog, read_catalog
+from jobs.catalog import Catalog
 from jobs.cluster import ray_session
-from jobs.config import GateConfig, JobConfig
-from jobs.diff import Diff, diff_catalog, locate, read_data_file, read_state, scan_catalog
+from jobs.config import JobConfig
+from jobs.diff import Diff, diff_catalog, read_state, scan_catalog
 from jobs.embed import EmbedResult, embed_items
-from jobs.embed_steps import EmbedTask, recipe
-from jobs.errors import CatalogError, ConfigError, GateError, StoreError
-from jobs.evaluate import Measured, measure_queries
+from jobs.embed_steps import EmbedTask
+from jobs.errors import CatalogError, GateError
+from jobs.gate import Built, check_gate, release_quality, summarize_rows
 from jobs.ids import write_ids
-from jobs.index import FieldIndex, LiveRows, build_index, live_rows
+from jobs.index import FieldIndex, build_index, live_rows
+from jobs.inputs import add_encoder, open_catalog, read_fusion
 from jobs.progress import Progress
+from jobs.queries import Measured, measure_queries
 from jobs.report import write_report
-from jobs.schemas import REJECT
 from jobs.search import FORMAT_VERSION
-from jobs.store import Release, Store, new_run_id, scratch_folder
-
-EXAMPLES = 3
+from jobs.space import VectorSpace, resolve_fields
+from jobs.store import Release, Store, new_run_id
+from jobs.vectors import LiveRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,65 +84,29 @@ def refresh(config: JobConfig, progress: Progress) -> RefreshResult:
     """
     store = Store(config.store)
     run = Run(new_run_id(), store.current_release(), progress)
-    needs_text = set(config.embed.fields) != {"image"}
-    needs_image = set(config.embed.fields) != {"text"}
-    catalog = read_catalog(config.catalog, need_images=needs_image, need_text=needs_text)
-    encoder, preprocess, dim = add_encoder(config, store)
+    fields = resolve_fields(config.embed, read_fusion(config.encoder))
+    catalog = open_catalog(config.catalog, fields)
+    space, contract = add_encoder(config, store)
     with ray_session(config.ray):
         with run.stage("compare the catalog with the store") as counted:
-            plan, diff = _diff(store, catalog, encoder, config)
+            plan, diff = _diff(store, catalog, space)
             counted["rows"] = len(plan)
         task = EmbedTask(
             catalog=catalog,
             images=config.images,
             embed=config.embed,
             store=store,
-            encoder=encoder,
-            preprocess=preprocess,
+            space=space,
             generation=diff.generation,
         )
         embedded = _embed(run, task, diff)
-        built = _build(run, config, task, plan, dim)
+        built = _build(run, config, task, plan, contract)
         return _conclude(run, config, task, diff, embedded, built)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Built:
-    """An index version that no release names yet, and what was measured of it."""
-
-    embeddings_version: int
-    live: LiveRows
-    rejects: list[dict[str, Any]]
-    indexes: list[FieldIndex]
-    measured: Measured
-
-
-def add_encoder(config: JobConfig, store: Store) -> tuple[str, PreprocessSpec, int]:
-    """Make the configured encoder's checkpoint and put it into the store.
-
-    Returns:
-        Its fingerprint, its preprocessing, its dimension D.
-
-    Raises:
-        ConfigError: The encoder can't be made: an unknown name, weights that don't fit.
-    """
-    directory = scratch_folder("checkpoint")
-    try:
-        fingerprint = create_checkpoint(config.encoder, directory)
-        model_config, preprocess = read_checkpoint_config(directory)
-        store.add_checkpoint(directory, fingerprint)
-    except ValueError as error:
-        raise ConfigError(f"encoder: {error}") from error
-    except OSError as error:
-        raise StoreError(f"store {store.root} can't be written: {error}") from error
-    finally:
-        shutil.rmtree(directory)
-    return fingerprint, preprocess, int(model_config["embed_dim"])
-
-
-def _diff(store: Store, catalog: Catalog, encoder: str, config: JobConfig) -> tuple[Any, Diff]:
-    plan = scan_catalog(catalog, recipe(config.embed))
-    state = read_state(store, store.embeddings().version(), encoder)
+def _diff(store: Store, catalog: Catalog, space: VectorSpace) -> tuple[Any, Diff]:
+    plan = scan_catalog(catalog, space.recipe)
+    state = read_state(store, store.embeddings().version(), space.encoder)
     return plan, diff_catalog(plan, state)
 
 
@@ -161,25 +119,35 @@ def _embed(run: Run, task: EmbedTask, diff: Diff) -> EmbedResult:
     return result
 
 
-def _build(run: Run, config: JobConfig, task: EmbedTask, plan: Any, dim: int) -> Built:  # noqa: ANN401
+def _build(
+    run: Run,
+    config: JobConfig,
+    task: EmbedTask,
+    plan: Any,  # noqa: ANN401
+    contract: dict[str, Any],
+) -> Built:
     """Index the live rows and measure the result; nothing is published."""
-    store = task.store
+    store, space = task.store, task.space
     version = store.embeddings().version()
     files = store.embedding_files(version)
-    live = live_rows(plan, read_state(store, version, task.encoder), files)
-    rejects = summarize_rejects(store, files, live, plan)
+    state = read_state(store, version, space.encoder)
+    live = live_rows(plan, state, files)
+    # Reads all files: not where every row is whole.
+    whole = live.rejected == 0 and space.requires == space.takes
+    rejects, masked = ([], []) if whole else summarize_rows(store, files, state, plan)
     indexes: list[FieldIndex] = []
     measured = Measured(queries=0, recall={})
     if len(live.vector_id):
-        for name in config.embed.fields:
+        for name in space.fields:
             with run.stage(f"index {name}") as counted:
                 target = (run.run_id, config.evaluate.sample_rows)
+                one = space.field(name)
                 indexes.append(
-                    build_index(name, live, dim, config.index, store, target, run.progress.step)
+                    build_index(one, live, config.index, store, target, run.progress.step)
                 )
                 counted["rows"] = indexes[-1].ntotal
         most_images = int(plan["image_number"].max()) + 1
-        _write_manifest(run, config, task, live, indexes, most_images)
+        _write_manifest(run, config, task, live, indexes, contract, most_images)
         with run.stage("measure queries") as counted:
             measured = measure_queries(
                 config.evaluate,
@@ -187,45 +155,22 @@ def _build(run: Run, config: JobConfig, task: EmbedTask, plan: Any, dim: int) ->
                 config.images,
                 store,
                 run.run_id,
-                use_images=task.needs_image,
+                use_images=_asks_with_photos(task),
             )
             counted["rows"] = measured.queries
     return Built(
-        embeddings_version=version, live=live, rejects=rejects, indexes=indexes, measured=measured
+        embeddings_version=version,
+        live=live,
+        rejects=rejects,
+        masked=masked,
+        indexes=indexes,
+        measured=measured,
     )
 
 
-def summarize_rejects(
-    store: Store,
-    files: list[str],
-    live: LiveRows,
-    plan: Any,  # noqa: ANN401
-) -> list[dict[str, Any]]:
-    """Count the catalog's rows that are rejected now, by reason, with a few examples each.
-
-    Returns:
-        One dict a reason, most rows first: reason, rows, examples (product_id, detail).
-    """
-    seen: dict[int, tuple[int, str]] = {}
-    examples: dict[str, dict[int, dict[str, str]]] = {}
-    columns = ["vector_id", "generation", "operation", "product_id", "reject_reason"]
-    wanted = plan["vector_id"][~locate(live.vector_id, plan["vector_id"])[1]]
-    for file in files if len(wanted) else ():
-        table = read_data_file(store, file, [*columns, "reject_detail"])
-        for row in table.filter(pc.equal(table["operation"], REJECT)).to_pylist():
-            key, generation = row["vector_id"], row["generation"]
-            if generation < seen.get(key, (0, ""))[0] or not locate(wanted, np.array([key]))[1][0]:
-                continue
-            reason = row["reject_reason"]
-            seen[key] = (generation, reason)
-            shown = examples.setdefault(reason, {})
-            if len(shown) < EXAMPLES:
-                shown[key] = {"product_id": row["product_id"], "detail": row["reject_detail"]}
-    counts = Counter(reason for _, reason in seen.values())
-    return [
-        {"reason": reason, "rows": rows, "examples": list(examples[reason].values())}
-        for reason, rows in counts.most_common()
-    ]
+def _asks_with_photos(task: EmbedTask) -> bool:
+    """Say what labelled queries are: an MSR encoder is made for words."""
+    return task.loads_images and task.space.fusion.kind == "sum"
 
 
 def _write_manifest(
@@ -234,6 +179,7 @@ def _write_manifest(
     task: EmbedTask,
     live: LiveRows,
     indexes: list[FieldIndex],
+    contract: dict[str, Any],
     most_images: int,
 ) -> None:
     """Write ids.parquet and, last of all, the manifest that makes the index version whole."""
@@ -246,47 +192,16 @@ def _write_manifest(
     manifest = {
         "format_version": FORMAT_VERSION,
         "run": run.run_id,
-        "encoder": task.encoder,
+        "encoder": task.space.encoder,
         "products": live.products,
         "fields": {index.field: asdict(index) for index in indexes},
         "ids": ids,
-        "image_weight": config.embed.image_weight,
+        "query": contract,
         "config": config.model_dump(mode="json"),
         "config_hash": config.hash(),
     }
     text = json.dumps(manifest, indent=2, sort_keys=True)
     task.store.write_text(text, "indexes", run.run_id, "manifest.json")
-
-
-def check_gate(gate: GateConfig, rows: int, built: Built) -> list[str]:
-    """List every bar that was missed, with the figure; empty if all hold."""
-    failures = []
-    live = len(built.live.vector_id)
-    share = built.live.rejected / rows
-    if share > gate.max_reject_share:
-        failures.append(
-            f"{built.live.rejected} of {rows} rows rejected ({share:.1%}), "
-            f"gate.max_reject_share is {gate.max_reject_share:.1%}"
-        )
-    if live + built.live.rejected != rows:
-        failures.append(f"{rows} rows in, but {live} live and {built.live.rejected} rejected")
-    if not live:
-        failures.append("no row is live")
-    for index in built.indexes:
-        expected = len(built.live.select(index.field).vector_id)
-        if index.ntotal != expected:
-            failures.append(f"{index.field}: {index.ntotal} vectors indexed, {expected} are live")
-        for name, value, bar in (
-            ("intersection_at_10", index.intersection_at_10, gate.min_intersection_at_10),
-            ("self_retrieval", index.self_retrieval, gate.min_self_retrieval),
-        ):
-            if value < bar:
-                failures.append(f"{index.field}: {name} {value:.3f}, gate.min_{name} is {bar:.3f}")
-    found = built.measured.recall.get("recall_at_10", 0.0)
-    if found < gate.min_recall_at_10:
-        bar = gate.min_recall_at_10
-        failures.append(f"recall_at_10 {found:.3f}, gate.min_recall_at_10 is {bar:.3f}")
-    return failures
 
 
 def _conclude(
@@ -306,7 +221,7 @@ def _conclude(
         parent=run.parent.version if run.parent else None,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         run=run.run_id,
-        encoder=task.encoder,
+        encoder=task.space.encoder,
         embeddings_version=built.embeddings_version,
         indexes=run.run_id,
         products=live.products,
@@ -314,7 +229,7 @@ def _conclude(
         rejected=live.rejected,
         rows=rows,
         config_hash=config.hash(),
-        quality=_quality(built),
+        quality=release_quality(built),
     )
     if not failures:
         task.store.publish(release)
@@ -331,10 +246,11 @@ def _conclude(
         "rejected_in_run": embedded.rejected,
         "image_bytes": embedded.image_bytes,
         "rejects": built.rejects,
+        "masked": built.masked,
         "indexes": [asdict(index) for index in built.indexes],
         "labelled": {
             "queries": built.measured.queries,
-            "by": "photo" if task.needs_image else "words",
+            "by": "photo" if _asks_with_photos(task) else "words",
             "recall": built.measured.recall,
             "failed": built.measured.failed,
         },
@@ -361,18 +277,3 @@ def _conclude(
         unchanged=diff.unchanged,
         embedded=embedded.embedded,
     )
-
-
-def _quality(built: Built) -> dict[str, Any]:
-    quality: dict[str, Any] = {
-        index.field: {
-            "intersection_at_10": index.intersection_at_10,
-            "self_retrieval": index.self_retrieval,
-            "nprobe": index.nprobe,
-            "factory": index.factory,
-        }
-        for index in built.indexes
-    }
-    if built.measured.recall:
-        quality["labelled"] = built.measured.recall | {"queries": built.measured.queries}
-    return quality

@@ -23,7 +23,9 @@ EMBEDDINGS = pa.schema(
     ]
 )
 """One appended row a (product, image) and generation. The live row of a `vector_id` is its newest;
-an embedding is (D,) float32, unit length, rounded to float16 (half the bytes on disk)."""
+an embedding is (D,) float32, unit length, rounded to float16 (half the bytes on disk). It is null
+where there is none: in rejects, in fields that are fused when they are read, and for the image or
+text that a live row lacks, with the reason beside it."""
 
 RELEASES = pa.schema(
     [

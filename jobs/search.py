@@ -5,7 +5,7 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from encoders.checkpoint import load_encoder, read_checkpoint_config
-from encoders.encoder import fuse
-from encoders.preprocess import load_tokenizer
+from encoders.checkpoint import load_encoder, load_tokenizers
+from encoders.encoder import Encoder
 from indexing.build import read_index, set_nprobe
 from indexing.search import group_by_product, search_index
-from jobs.embed_steps import checkpoint_cache, load_pixels
+from jobs.contract import QueryEncoder, check_contract, check_encoder, read_contract
+from jobs.embed_steps import checkpoint_cache
 from jobs.errors import FingerprintError, JobError, StoreError
 from jobs.fetch import fetch_images
 from jobs.ids import Ids
@@ -26,8 +26,8 @@ from jobs.images import ImageRejected, ImagesConfig
 from jobs.store import Store, scratch_folder
 
 Float32Array = npt.NDArray[np.float32]
-FORMAT_VERSION = 1
-MANIFEST_KEYS = {"encoder", "fields", "ids", "image_weight", "products"}
+FORMAT_VERSION = 2
+MANIFEST_KEYS = {"encoder", "fields", "ids", "products", "query"}
 FIELD_ORDER = ("multimodal", "image", "text")
 
 
@@ -46,6 +46,7 @@ class Searcher:
 
     Attributes:
         manifest: The index version's manifest.
+        space: What the release's vectors are, and the weights in force.
         fields: The fields that can be searched, the default one first.
     """
 
@@ -55,41 +56,50 @@ class Searcher:
         indexes: str,
         *,
         images: ImagesConfig | None = None,
-        encoder: str | None = None,
+        encoder: str | Encoder | None = None,
     ) -> None:
-        """Open an index version and its encoder; every file's checksum is verified.
+        """Open an index version and its encoder.
+
+        Every file's checksum is verified, and the encoder must give the canaries of the
+        release's query contract their vectors.
 
         Args:
             store: The store.
             indexes: Name of the folder below `indexes/`: `Release.indexes`.
             images: Limits for query images.
-            encoder: Fingerprint that the release must have; not checked if None.
+            encoder: Fingerprint that the release must have, or a live encoder of the caller's
+                own (on another device, compiled); None: the release's own, whatever it is.
 
         Raises:
             StoreError: A file is missing, corrupted or of another version.
-            FingerprintError: The indexes belong to another encoder.
+            FingerprintError: The indexes belong to another encoder, or the encoder doesn't keep
+                the query contract.
         """
         self.store, self.images = store, images or ImagesConfig()
         self.manifest = store.read_json("indexes", indexes, "manifest.json")
-        if self.manifest.get("format_version") != FORMAT_VERSION or MANIFEST_KEYS - set(
-            self.manifest
-        ):
-            raise StoreError(f"{store.uri('indexes', indexes)}: unknown manifest format")
-        if encoder is not None and encoder != self.manifest["encoder"]:
+        version, missing = self.manifest.get("format_version"), MANIFEST_KEYS - set(self.manifest)
+        if version != FORMAT_VERSION or missing or not isinstance(self.manifest["query"], dict):
+            raise StoreError(
+                f"{store.uri('indexes', indexes)}: a manifest of format {version!r}, expected "
+                f"{FORMAT_VERSION}: run the refresh again"
+            )
+        self.space = read_contract(self.manifest["query"])
+        expected = encoder if isinstance(encoder, str) else self.manifest["encoder"]
+        if expected != self.space.encoder:
             raise FingerprintError(
                 f"{store.uri('indexes', indexes)} belongs to encoder "
-                f"{self.manifest['encoder'][:12]}, not to {encoder[:12]}"
+                f"{self.space.encoder[:12]}, not to {expected[:12]}"
             )
         self.fields = [name for name in FIELD_ORDER if name in self.manifest["fields"]]
         cache = scratch_folder("release")
         try:
-            self._open(store, cache, indexes)
+            self._open(store, cache, indexes, None if isinstance(encoder, str) else encoder)
         except ValueError as error:
             raise StoreError(f"{store.uri('indexes', indexes)}: {error}") from error
         finally:
             shutil.rmtree(cache)
 
-    def _open(self, store: Store, cache: Path, indexes: str) -> None:
+    def _open(self, store: Store, cache: Path, indexes: str, encoder: Encoder | None) -> None:
         self.indexes: dict[str, faiss.Index] = {}
         for name, entry in self.manifest["fields"].items():
             path = store.local_copy(cache, "indexes", indexes, entry["file"])
@@ -97,35 +107,60 @@ class Searcher:
             set_nprobe(self.indexes[name], entry["nprobe"])
         path = store.local_copy(cache, "indexes", indexes, self.manifest["ids"]["file"])
         self.ids = Ids(path, sha256=self.manifest["ids"]["sha256"])
-        directory = store.local_copy(checkpoint_cache(), "checkpoints", self.manifest["encoder"])
-        self.encoder = load_encoder(
-            directory, precision="auto", expected_fingerprint=self.manifest["encoder"]
+        directory = store.local_copy(checkpoint_cache(), "checkpoints", self.space.encoder)
+        if encoder is None:
+            encoder = load_encoder(
+                directory, precision="auto", expected_fingerprint=self.space.encoder
+            )
+        check_encoder(self.space, encoder)
+        self._queries = QueryEncoder(
+            encoder=encoder,
+            tokenizer=load_tokenizers(directory).query,
+            images=self.images,
+            image_weight=self.space.fusion.query_image_weight,
         )
-        self.tokenizer = load_tokenizer(read_checkpoint_config(directory)[0])
+        canaries = replace(self._queries, images=ImagesConfig())
+        check_contract(self.manifest["query"], canaries.encode)
 
-    def encode(self, image: bytes | None, text: str | None) -> Float32Array:
-        """Return the query vector (D,) of a photo, words, or both (fused by the release's weight).
+    def encode(
+        self, image: bytes | None, text: str | None, *, image_weight: float | None = None
+    ) -> Float32Array:
+        """Return the query vector (D,) float32 of a photo, words, or both.
+
+        Args:
+            image: Encoded bytes.
+            text: Words.
+            image_weight: Share of the photo where there are both; the release's own if None.
 
         Raises:
-            JobError: The image can't be decoded, the text is empty, or there is neither.
+            JobError: The image can't be decoded, the text is empty, there is neither, or the
+                weight is outside [0, 1].
         """
-        if image is None and text is None:
-            raise JobError("a search needs an image, a text, or both")
-        if text is not None and not text.strip():
-            raise JobError("the query text is empty")
-        vectors: list[Float32Array] = []
-        if image is not None:
-            try:
-                pixels = load_pixels(image, self.images, self.encoder.preprocess)
-            except ImageRejected as reject:
-                raise JobError(f"the query image can't be used: {reject}") from reject
-            vectors.append(self.encoder.encode_images(pixels[None]))
-        if text is not None:
-            vectors.append(self.encoder.encode_texts(self.tokenizer([text])))
-        if len(vectors) == 2:
-            vectors = [fuse(vectors[0], vectors[1], self.manifest["image_weight"])]
-        found: Float32Array = vectors[0][0]
+        found: Float32Array = self.encode_batch([image], [text], image_weight=image_weight)[0]
         return found
+
+    def encode_batch(
+        self,
+        images: Sequence[bytes | None],
+        texts: Sequence[str | None],
+        *,
+        image_weight: float | None = None,
+    ) -> Float32Array:
+        """Return the query vectors (Q, D) float32 of Q queries, a forward pass a kind of query.
+
+        Args:
+            images: Encoded bytes; None: words alone.
+            texts: Words; None: the photo alone.
+            image_weight: As in `encode`.
+
+        Raises:
+            JobError: As `encode`, for any of the queries.
+        """
+        if image_weight is None:
+            return self._queries.encode(images, texts)
+        if not 0.0 <= image_weight <= 1.0:
+            raise JobError(f"image_weight is {image_weight}, expected 0 to 1")
+        return replace(self._queries, image_weight=image_weight).encode(images, texts)
 
     def search(
         self,
@@ -134,6 +169,7 @@ class Searcher:
         text: str | None = None,
         k: int = 10,
         field: str | None = None,
+        image_weight: float | None = None,
     ) -> list[Result]:
         """Find the k products that are most like a photo, words, or both.
 
@@ -142,6 +178,7 @@ class Searcher:
             text: Words.
             k: Most products.
             field: Which product vectors to compare with; the release's first field if None.
+            image_weight: As in `encode`.
 
         Raises:
             JobError: The query can't be used, or there is no such field.
@@ -151,7 +188,8 @@ class Searcher:
             if isinstance(read, ImageRejected):
                 raise JobError(f"the query image can't be used: {read}") from read
             image = read
-        return self.search_vectors(self.encode(image, text)[None], k=k, field=field)[0]
+        query = self.encode(image, text, image_weight=image_weight)
+        return self.search_vectors(query[None], k=k, field=field)[0]
 
     def search_vectors(
         self, queries: Float32Array, *, k: int = 10, field: str | None = None

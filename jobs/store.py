@@ -1,7 +1,7 @@
 """The store: one root, local or s3://, that holds all that Vitrine writes.
 
 embeddings/                  Delta table, append-only rows
-checkpoints/<fingerprint>/   encoder.json + model.safetensors, immutable
+checkpoints/<fingerprint>/   weights; encoder.json is written last, immutable
 indexes/<version>/           index files, ids.parquet; manifest.json is written last
 releases/                    Delta table, a row a release
 runs/<run>/                  report.json, report.html
@@ -19,6 +19,7 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Schema, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction
@@ -154,9 +155,12 @@ class Store:
             directory: A local directory that `encoders.checkpoint` wrote.
             fingerprint: Its fingerprint, which becomes its name.
         """
-        if not self.filesystem().exists(self.uri("checkpoints", fingerprint, "encoder.json")):
-            for name in ("model.safetensors", "encoder.json"):  # the mark that it is whole: last
-                self.upload(directory / name, "checkpoints", fingerprint, name)
+        from encoders.checkpoint import checkpoint_files  # torch; only the driver needs it
+
+        *files, mark = checkpoint_files(directory)  # the mark that it is whole is written last
+        if not self.filesystem().exists(self.uri("checkpoints", fingerprint, mark)):
+            for name in (*files, mark):
+                self.upload(directory / name, "checkpoints", fingerprint, *name.split("/"))
 
     def embeddings(self, version: int | None = None) -> DeltaTable:
         """Open the embeddings table, created empty if there is none.
@@ -190,12 +194,25 @@ class Store:
         if not self._has_table("releases"):
             return []
         try:
-            table = self._table("releases", RELEASES, None)
-            rows = pa.table(table.to_pyarrow_table()).to_pylist()
+            rows = self._read_rows(self._table("releases", RELEASES, None))
         except (OSError, pa.ArrowInvalid) as error:
             raise StoreError(f"{self.uri('releases')} can't be read: {error}") from error
         releases = [Release(**(row | {"quality": json.loads(row["quality"])})) for row in rows]
         return sorted(releases, key=lambda release: -release.version)
+
+    def _read_rows(self, table: DeltaTable) -> list[dict[str, Any]]:
+        """Return all rows of a small table.
+
+        pyarrow sees bytes, and no file of Python's: its threads would let go of one after the
+        read, and where the process ends just then, they abort it (5 of 70 runs of `status`).
+        """
+        actions = pa.table(table.get_add_actions(flatten=True))
+        rows: list[dict[str, Any]] = []
+        for path in sorted(actions["path"].to_pylist()):
+            with self.filesystem().open(self.uri("releases", path), "rb") as file:
+                content = pa.BufferReader(file.read())
+            rows += pq.ParquetFile(content).read(use_threads=False).to_pylist()
+        return rows
 
     def current_release(self) -> Release | None:
         """Return the newest release, or None in a store without one."""

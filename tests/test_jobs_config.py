@@ -21,7 +21,7 @@ def test_reads_a_file_with_defaults(config_file):
     config = read_config(config_file)
     assert config.store == "stores/one"
     assert config.encoder.pretrained == "random"
-    assert config.embed.fields == ("image", "text")
+    assert config.embed.fields is None
     assert config.gate.max_reject_share == 0.2
 
 

@@ -1,4 +1,4 @@
-"""What decoding for the encoder may cost: scaled JPEG decoding against the full one."""
+"""What decoding for the encoder may cost, and which rows can be live."""
 
 import io
 
@@ -7,10 +7,12 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from encoders.checkpoint import create_checkpoint, load_encoder
+from encoders.fusion import FusionSpec
 from encoders.preprocess import preprocess_image
-from encoders.spec import EncoderSpec
-from jobs.embed_steps import load_pixels
-from jobs.images import ImagesConfig, decode_image
+from encoders.spec import EncoderSpec, PreprocessSpec
+from jobs.embed_steps import judge_row, load_pixels
+from jobs.images import ImageRejected, ImagesConfig, RejectReason, decode_image
+from jobs.space import VectorSpace
 
 
 def large_photo(seed, size):
@@ -37,3 +39,46 @@ def test_scaled_decoding_keeps_the_embedding(size, tmp_path):
     assert 10 * np.log10(255**2 / max(noise, 1e-9)) > 35  # PSNR in dB
     vectors = encoder.encode_images(np.stack([fast, full]))
     assert float(vectors[0] @ vectors[1]) > 0.999
+
+
+def make_space(*fields):
+    preprocess = PreprocessSpec(
+        size_px=8, resize_mode="squash", interpolation="bicubic", mean=(0,) * 3, std=(1,) * 3
+    )
+    return VectorSpace(
+        encoder="e", dim=4, preprocess=preprocess, fusion=FusionSpec(), fields=fields
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "image", "text", "rejected", "reason"),
+    [
+        (("multimodal",), None, None, False, None),
+        (("multimodal",), "truncated", None, False, "truncated"),
+        (("multimodal",), None, "text_too_long", False, "text_too_long"),
+        (("multimodal",), "truncated", "empty_text", True, "truncated"),
+        (("multimodal",), "timeout", None, True, "timeout"),
+        (("multimodal",), "timeout", "empty_text", True, "timeout"),
+        (("image", "multimodal"), "truncated", None, True, "truncated"),
+        (("image", "multimodal"), None, "empty_text", False, "empty_text"),
+        (("text", "multimodal"), "truncated", None, False, "truncated"),
+        (("text", "multimodal"), "timeout", None, True, "timeout"),
+        (("text", "multimodal"), None, "empty_text", True, "empty_text"),
+        (("image", "text"), "truncated", "empty_text", True, "empty_text"),
+        (("image",), None, "empty_text", False, None),
+        (("image",), "truncated", None, True, "truncated"),
+        (("text",), "missing_image", None, False, None),
+        (("text",), "missing_image", "empty_text", True, "empty_text"),
+    ],
+)
+def test_what_a_row_may_lack(fields, image, text, rejected, reason):
+    faults = [name and ImageRejected(RejectReason(name), "why") for name in (image, text)]
+    found, fault = judge_row(make_space(*fields), *faults)
+    assert (found, fault and str(fault.reason)) == (rejected, reason)
+
+
+def test_recipe_names_what_is_stored_and_required_alone():
+    recipe = make_space("image", "text").recipe
+    assert make_space("text", "image", "multimodal").recipe == recipe
+    others = [("image",), ("text",), ("multimodal",), ("image", "multimodal")]
+    assert len({make_space(*fields).recipe for fields in others} | {recipe}) == 5

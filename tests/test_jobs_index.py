@@ -6,19 +6,22 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from encoders.fusion import FusionSpec
 from indexing.build import read_index
 from indexing.search import search_index
 from jobs.cluster import ray_session
 from jobs.config import IndexConfig, RayConfig
 from jobs.diff import read_state
-from jobs.embed_steps import write_data_file
+from jobs.embed_write import write_data_file
 from jobs.errors import ConfigError
 from jobs.index import build_index, live_rows
 from jobs.items import PLAN_DTYPE
 from jobs.schemas import EMBEDDINGS
+from jobs.space import VectorField
 from jobs.store import Store
 
 ROWS, DIM, FILES = 12_000, 32, 3
+IMAGE = VectorField(name="image", dim=DIM, fusion=FusionSpec())
 
 
 def make_table(store):
@@ -70,7 +73,7 @@ def test_ivf_pq_is_trained_filled_merged_and_measured(session, tmp_path):
     ids, vectors = make_table(store)
     live = make_live(store, ids)
     built = [
-        build_index("image", live, DIM, IndexConfig(), store, (run, 300), lambda step: None)
+        build_index(IMAGE, live, IndexConfig(), store, (run, 300), lambda step: None)
         for run in ("one", "two")
     ]
     assert built[0].factory.startswith("IVF")
@@ -92,7 +95,7 @@ def test_removed_and_older_rows_are_not_indexed(session, tmp_path):
     ids, _ = make_table(store)
     kept = ids[::2]
     index = build_index(
-        "image", make_live(store, kept), DIM, IndexConfig(), store, ("run", 50), lambda step: None
+        IMAGE, make_live(store, kept), IndexConfig(), store, ("run", 50), lambda step: None
     )
     assert index.ntotal == len(kept)
 
@@ -102,7 +105,7 @@ def test_impossible_index_is_a_config_error(session, tmp_path):
     ids, _ = make_table(store)
     config = IndexConfig(nlist=4096, pq_m=8)
     with pytest.raises(ConfigError, match="training rows"):
-        build_index("image", make_live(store, ids), DIM, config, store, ("r", 50), print)
+        build_index(IMAGE, make_live(store, ids), config, store, ("r", 50), print)
 
 
 def test_other_engines_read_the_table(tmp_path):

@@ -1,0 +1,88 @@
+"""The last step of the embedding stage: rows in, Parquet files of the embeddings table out.
+
+Letters: N rows of a data file, D dimension.
+"""
+
+import time
+import uuid
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.embed_steps import Batch, BoolArray, EmbedTask
+from jobs.schemas import EMBEDDING_FIELDS, EMBEDDINGS, REJECT, UPSERT
+from jobs.store import DataFile, Store
+
+
+def write_rows(batch: Batch, *, task: EmbedTask) -> pa.Table:
+    """Write one data file of the embeddings table; return one small row that describes it."""
+    started = time.monotonic()
+    rows = len(batch["vector_id"])
+    bad = np.array(batch["rejected"], bool)
+    reasons = np.array(batch["reject_reason"], object)
+    columns: dict[str, Any] = {
+        name: batch[name] for name in ("product_id", "image_number", "vector_id", "content_hash")
+    }
+    columns["generation"] = np.full(rows, task.generation, np.int64)
+    columns["operation"] = np.where(bad, REJECT, UPSERT).astype(object)
+    columns["encoder"] = np.full(rows, task.space.encoder, object)
+    for name in ("reject_reason", "reject_detail"):
+        columns[name] = pa.array(batch[name], pa.string(), mask=reasons == "")
+    for name in EMBEDDING_FIELDS:
+        column = f"{name}_embedding"
+        columns[column] = _list_array(batch.get(column), bad)
+    table = pa.table(
+        {
+            name: pa.array(columns[name], EMBEDDINGS.field(name).type)
+            if not isinstance(columns[name], pa.Array)
+            else columns[name]
+            for name in EMBEDDINGS.names
+        },
+        schema=EMBEDDINGS,
+    )
+    file = write_data_file(task.store, table, task.generation)
+    names, counts = np.unique(reasons[bad].astype(str), return_counts=True)
+    sums = ("fetch_s", "decode_s", "tokenize_s", "embed_s", "image_bytes")
+    row = {name: [batch[name].sum()] for name in sums}
+    described = {
+        "path": [file.path],
+        "size_bytes": [file.size_bytes],
+        "rows": [rows],
+        "rejected": [int(bad.sum())],
+        "reason_names": [names.tolist()],
+        "reason_counts": [counts.tolist()],
+        "write_s": [time.monotonic() - started],
+    }
+    return pa.table(row | described)
+
+
+def _list_array(vectors: npt.NDArray[np.float32] | None, bad: BoolArray) -> pa.Array:
+    """Pack (N, D) vectors, rounded to float16, as lists; null where the row is bad or NaN."""
+    if vectors is None:
+        return pa.nulls(len(bad), pa.list_(pa.float32()))
+    vectors = np.stack(list(vectors)) if vectors.dtype == object else vectors
+    bad = bad | np.isnan(vectors).any(axis=1)
+    good = vectors[~bad].astype(np.float16).astype(np.float32)
+    ends = np.concatenate([[0], np.cumsum(~bad)]).astype(np.int32) * vectors.shape[1]
+    offsets = pa.array(ends, mask=np.append(bad, False))
+    return pa.ListArray.from_arrays(offsets, pa.array(good.reshape(-1), pa.float32()))
+
+
+def write_data_file(store: Store, table: pa.Table, generation: int) -> DataFile:
+    """Write a table as one Parquet file below the embeddings table; no commit names it yet."""
+    name = f"generation-{generation:06d}-{uuid.uuid4().hex}.parquet"
+    filesystem = store.filesystem()
+    target = store.uri("embeddings", name)
+    lists = [f"{field}_embedding.list.element" for field in EMBEDDING_FIELDS]
+    with filesystem.open(target, "wb") as handle:
+        pq.write_table(
+            table,
+            handle,
+            compression="zstd",
+            use_dictionary=["operation", "encoder", "reject_reason"],
+            use_byte_stream_split=lists,
+        )
+    return DataFile(name, filesystem.size(target), table.num_rows)

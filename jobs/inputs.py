@@ -1,0 +1,79 @@
+"""What a refresh starts from: the catalog, opened for its fields, and the encoder, in the store."""
+
+import shutil
+from typing import Any
+
+import fsspec
+import pyarrow.parquet as pq
+
+from encoders.checkpoint import create_checkpoint, read_checkpoint_config
+from encoders.fusion import FusionSpec
+from encoders.spec import EncoderSpec
+from jobs.catalog import IMAGE_COLUMNS, Catalog, read_catalog
+from jobs.config import CatalogConfig, JobConfig
+from jobs.contract import make_contract
+from jobs.errors import ConfigError, StoreError
+from jobs.space import VectorSpace, resolve_space
+from jobs.store import Store, scratch_folder
+
+
+def read_fusion(spec: EncoderSpec) -> FusionSpec:
+    """Return an encoder's fusion without its weights: what a wrong catalog needs to be told early.
+
+    Raises:
+        ConfigError: The checkpoint's config can't be read.
+    """
+    if spec.checkpoint is None:
+        return FusionSpec()
+    try:
+        return read_checkpoint_config(spec.checkpoint).fusion
+    except ValueError as error:
+        raise ConfigError(f"encoder: {error}") from error
+
+
+def open_catalog(config: CatalogConfig, fields: tuple[str, ...]) -> Catalog:
+    """Read the catalog's schema; `multimodal` alone does without an image column.
+
+    Raises:
+        CatalogError: A column that the fields need is missing, or another fault.
+    """
+    needs_text, needs_image = set(fields) != {"image"}, "image" in fields
+    if not needs_image and "multimodal" in fields:
+        bare = read_catalog(config, need_images=False, need_text=False)
+        filesystem = fsspec.core.url_to_fs(bare.root)[0]
+        with filesystem.open(bare.files[0], "rb") as handle:
+            names = [*pq.read_schema(handle).names, *config.columns]
+        needs_image = any(name in names for name in IMAGE_COLUMNS)
+    return read_catalog(config, need_images=needs_image, need_text=needs_text)
+
+
+def add_encoder(config: JobConfig, store: Store) -> tuple[VectorSpace, dict[str, Any]]:
+    """Make the configured encoder's checkpoint and put it into the store.
+
+    Returns:
+        What the job makes of it, and the query contract of this run's release.
+
+    Raises:
+        ConfigError: The encoder can't be made: an unknown name, weights that don't fit, a field
+            or a weight that it doesn't have.
+    """
+    directory = scratch_folder("checkpoint")
+    try:
+        fingerprint = create_checkpoint(config.encoder, directory)
+        found = read_checkpoint_config(directory)
+        space = resolve_space(
+            config.embed,
+            encoder=fingerprint,
+            dim=found.dim,
+            preprocess=found.preprocess,
+            fusion=found.fusion,
+        )
+        contract = make_contract(directory, space)
+        store.add_checkpoint(directory, fingerprint)
+    except ValueError as error:
+        raise ConfigError(f"encoder: {error}") from error
+    except OSError as error:
+        raise StoreError(f"store {store.root} can't be written: {error}") from error
+    finally:
+        shutil.rmtree(directory)
+    return space, contract

@@ -1,19 +1,23 @@
 """Measure an index against exact search, and search results against labels.
 
-`intersection_at_k` compares vector ids with exact search; `recall_at_k` and
-`mean_reciprocal_rank` compare ranked product ids with labels. Queries Q, neighbours K.
+`intersection_at_k` compares ids with exact search; `recall_at_k`, `mean_reciprocal_rank` and
+`ndcgs_at_k` compare ranked product ids with labels. A figure in the plural has a value a query:
+`bootstrap_interval` says how far their mean could be off. Queries Q, neighbours K.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 import numpy as np
+import numpy.typing as npt
 
 from indexing.spec import Int64Array
 
+Float64Array = npt.NDArray[np.float64]
 PADDING_ID = -1
+MAX_DRAWN = 2**22  # queries drawn at once while resampling: 64 MiB with their values
 
 Relevant = str | AbstractSet[str]
 
@@ -49,10 +53,12 @@ def intersection_at_k(ids: Int64Array, exact_ids: Int64Array, k: int) -> float:
     return float(np.mean(np.asarray(shared) / exact_counts))
 
 
-def recall_at_k(found: Sequence[Sequence[str]], relevant: Sequence[Relevant], k: int) -> float:
-    """Measure which share of the relevant products is among the k best.
+def recalls_at_k(
+    found: Sequence[Sequence[str]], relevant: Sequence[Relevant], k: int
+) -> Float64Array:
+    """Measure for each query which share of its relevant products is among the k best.
 
-    With one relevant product a query, this is the share of queries that find it. With more
+    With one relevant product a query, the mean is the share of queries that find it. With more
     than k of them, the share is of k, so that a perfect ranking scores 1.
 
     Args:
@@ -61,7 +67,7 @@ def recall_at_k(found: Sequence[Sequence[str]], relevant: Sequence[Relevant], k:
         k: How many results count.
 
     Returns:
-        The mean over the queries, 0 to 1.
+        (Q,) float64, 0 to 1.
 
     Raises:
         ValueError: k < 1, lengths differ, there is no query, or one has no relevant product.
@@ -72,18 +78,23 @@ def recall_at_k(found: Sequence[Sequence[str]], relevant: Sequence[Relevant], k:
         len(wanted.intersection(ranked[:k])) / min(k, len(wanted))
         for ranked, wanted in zip(found, labels, strict=True)
     ]
-    return float(np.mean(shares))
+    return np.array(shares, np.float64)
 
 
-def mean_reciprocal_rank(found: Sequence[Sequence[str]], relevant: Sequence[Relevant]) -> float:
-    """Average 1 / (rank of the first relevant product), 0 where none was found.
+def recall_at_k(found: Sequence[Sequence[str]], relevant: Sequence[Relevant], k: int) -> float:
+    """Average `recalls_at_k` over the queries."""
+    return float(recalls_at_k(found, relevant, k).mean())
+
+
+def reciprocal_ranks(found: Sequence[Sequence[str]], relevant: Sequence[Relevant]) -> Float64Array:
+    """Compute for each query 1 / (rank of its first relevant product), 0 where none was found.
 
     Args:
         found: Ranked product ids of every query, best first, without repeats.
         relevant: The relevant product, or the set of them, of every query.
 
     Returns:
-        The mean over the queries, 0 to 1.
+        (Q,) float64, 0 to 1.
 
     Raises:
         ValueError: Lengths differ, there is no query, or one has no relevant product.
@@ -93,7 +104,86 @@ def mean_reciprocal_rank(found: Sequence[Sequence[str]], relevant: Sequence[Rele
         next((1.0 / rank for rank, product in enumerate(ranked, 1) if product in wanted), 0.0)
         for ranked, wanted in zip(found, labels, strict=True)
     ]
-    return float(np.mean(ranks))
+    return np.array(ranks, np.float64)
+
+
+def mean_reciprocal_rank(found: Sequence[Sequence[str]], relevant: Sequence[Relevant]) -> float:
+    """Average `reciprocal_ranks` over the queries."""
+    return float(reciprocal_ranks(found, relevant).mean())
+
+
+def ndcgs_at_k(
+    found: Sequence[Sequence[str]], gains: Sequence[Mapping[str, float]], k: int
+) -> Float64Array:
+    """Compute each query's normalised discounted cumulative gain over its k best.
+
+    The gain enters as it was judged (linear), not as 2 ** gain - 1: graded judgments such as
+    ESCI's 100, 10, 1, 0 are gains already. Discount: 1 / log2(rank + 1). A product without a
+    judgment gains 0. The ideal ranking is the best ordering of the judged products.
+    (Jarvelin and Kekalainen, TOIS 2002, with the discount in use since.)
+
+    Args:
+        found: Ranked product ids of every query, best first, without repeats.
+        gains: Gain of every judged product of every query, finite, >= 0, one of them > 0.
+        k: How many results count.
+
+    Returns:
+        (Q,) float64, 0 to 1.
+
+    Raises:
+        ValueError: k < 1, lengths differ, there is no query, a gain is negative or not finite,
+            or a query has no gain above 0.
+    """
+    _check_k(k)
+    if len(found) != len(gains) or not gains:
+        raise ValueError(f"{len(found)} rankings and {len(gains)} judged queries")
+    for judged in gains:
+        values = list(judged.values())
+        if not np.isfinite(values).all() or min(values, default=0) < 0 or not any(values):
+            raise ValueError("gains must be finite and >= 0, at least one a query above 0")
+    scores = [
+        _discounted([judged.get(product, 0.0) for product in ranked[:k]])
+        / _discounted(sorted(judged.values(), reverse=True)[:k])
+        for ranked, judged in zip(found, gains, strict=True)
+    ]
+    return np.array(scores, np.float64)
+
+
+def bootstrap_interval(
+    values: Float64Array, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Estimate how far a mean over queries could be off, by the percentile bootstrap.
+
+    Queries are drawn anew, with replacement, as many as there are. Where all values are equal,
+    the interval has no width, however few they are: show their number beside it.
+
+    Args:
+        values: (Q,) float64, one figure a query.
+        resamples: How often queries are drawn.
+        level: Share of resampled means inside the interval.
+        seed: Seeds the draw.
+
+    Returns:
+        Lowest and highest plausible mean; the mean itself lies between them.
+
+    Raises:
+        ValueError: There is no query, a value is not finite, resamples < 1, or level is not
+            between 0 and 1.
+    """
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"values of shape {values.shape}: expected at least one, all finite")
+    if resamples < 1 or not 0 < level < 1:
+        raise ValueError(f"{resamples} resamples at level {level}: expected >= 1 and in (0, 1)")
+    generator = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    step = max(1, MAX_DRAWN // len(values))
+    for start in range(0, resamples, step):
+        part = means[start : start + step]
+        drawn = generator.integers(len(values), size=(len(part), len(values)))
+        part[:] = values[drawn].mean(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    mean = float(values.mean())
+    return min(float(low), mean), max(float(high), mean)
 
 
 def list_imbalance(list_sizes: Int64Array) -> float:
@@ -115,6 +205,11 @@ def list_imbalance(list_sizes: Int64Array) -> float:
 def _check_k(k: int) -> None:
     if k < 1:
         raise ValueError(f"k is {k}: at least 1 is needed")
+
+
+def _discounted(gains: Sequence[float]) -> float:
+    """Sum gains at ranks 1, 2, ... with the discount 1 / log2(rank + 1)."""
+    return float(np.sum(np.asarray(gains) / np.log2(np.arange(2, len(gains) + 2))))
 
 
 def _check_labels(found: Sequence[Sequence[str]], relevant: Sequence[Relevant]) -> list[set[str]]:

@@ -1,188 +1,205 @@
-"""Measures an index version with labelled queries, through the same Searcher that serving uses."""
+"""The `evaluate` command: labelled queries against a release, measured; nothing is published."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from itertools import product
 from typing import Any
 
 import numpy as np
-import ray
 
-from indexing.metrics import mean_reciprocal_rank, recall_at_k
-from jobs.catalog import Catalog, template_names
-from jobs.cluster import gather
-from jobs.config import EvaluateConfig
-from jobs.errors import JobError
-from jobs.fetch import fetch_images
-from jobs.images import ImagesConfig
-from jobs.items import fill_template
-from jobs.pairs import read_pairs
-from jobs.store import Store
+from jobs.answers import Answers, ask_release
+from jobs.ask import BOTH, IMAGE, TEXT, Skipped
+from jobs.catalog import read_catalog
+from jobs.cluster import ray_session
+from jobs.config import JobConfig
+from jobs.errors import CatalogError, ConfigError
+from jobs.exact import release_rows, search_release
+from jobs.progress import Progress
+from jobs.queries import KEY, QueryFile, read_queries
+from jobs.report import write_evaluation
+from jobs.scores import (
+    DEFINITIONS,
+    RANKS,
+    RESAMPLES,
+    Figures,
+    Scores,
+    by_category,
+    overlap,
+    pick,
+    score_queries,
+    subtract,
+    summarize,
+)
+from jobs.store import Release, Store, new_run_id
 
-RECALL_KS = (1, 5, 10)
-SHEET_QUERIES = 12
+Rankings = dict[tuple[str, str], list[list[str]]]
+"""By kind of query and field: the product ids that each query found, best first."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Query:
-    """One query: a photo or words, and the products that are right (none if unlabelled)."""
-
-    image: str | None
-    text: str | None
-    relevant: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchedQuery:
-    """A query and what it found, for the contact sheet.
+class Evaluation:
+    """What was measured.
 
     Attributes:
-        found: Results as `jobs.search.result_rows` makes them, best first.
+        queries: How many were measured.
+        default_field: The field that a search without a field uses.
+        metrics: By kind of query, then field: queries, index, exact, cost (exact minus index),
+            intersection_at_10, by_category. A figure has value, low and high.
+        paired: By field: what words add, over the queries that have both.
+        latency_ms: By step, then kind or field: p50, p99, queries.
+        skipped: By reason: of (rows, queries or products), count, examples.
+        report: Address of report.html.
     """
 
-    query: Query
-    root: str
-    found: list[dict[str, Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What the labelled queries showed; empty without any.
-
-    Attributes:
-        recall: recall_at_k by k, and `mrr`.
-        failed: Queries that could not be run, with the reason.
-        sheet: Some queries with their results; catalog rows where no query is labelled.
-    """
-
+    release: int
     queries: int
-    recall: dict[str, float]
-    failed: list[str] = field(default_factory=list)
-    sheet: list[SearchedQuery] = field(default_factory=list)
+    default_field: str
+    metrics: dict[str, dict[str, Figures]]
+    paired: dict[str, dict[str, Figures]]
+    latency_ms: dict[str, dict[str, Any]]
+    skipped: dict[str, dict[str, Any]]
+    report: str
 
 
-def read_queries(config: EvaluateConfig, *, use_images: bool) -> tuple[list[Query], str]:
-    """Read labelled queries: `product_id` with `query_image_uri` and/or `query_text`.
+def evaluate(config: JobConfig, progress: Progress, version: int | None = None) -> Evaluation:
+    """Ask a release the labelled queries, through the index and exactly; write a report.
 
     Args:
-        config: Says where and how many; a seeded sample is drawn if there are more.
-        use_images: Whether the encoder's fields can be searched by a photo.
-
-    Returns:
-        The queries, and the folder that relative image URIs start from.
+        config: The job; `evaluate.queries` names the queries.
+        progress: Shows what happens.
+        version: The release; the newest if None.
 
     Raises:
-        CatalogError: The file can't be read, lacks the columns or is empty.
+        ConfigError: No queries are configured, or the release lacks the category column.
+        CatalogError: The queries can't be read, or none of them can be used.
+        StoreError: There is no such release, or it is damaged.
     """
-    column = "query_image_uri" if use_images else "query_text"
-    table, root = read_pairs(str(config.queries), ("product_id", column), key="evaluate.queries")
-    picked = np.random.default_rng(0).permutation(table.num_rows)[: config.max_queries]
-    rows = table.take(np.sort(picked)).to_pylist()
-    queries = [
-        Query(
-            image=row[column] if use_images else None,
-            text=None if use_images else row[column],
-            relevant=(row["product_id"],),
+    if config.evaluate.queries is None:
+        raise ConfigError(f"{KEY} is not set: name a Parquet file of labelled queries")
+    store = Store(config.store)
+    release = store.release(version)
+    catalog_root = read_catalog(config.catalog, need_images=False, need_text=False).root
+    file = read_queries(config.evaluate)
+    with ray_session(config.ray):
+        progress.stage(f"ask release {release.version} {len(file.queries):,} queries")
+        answers = ask_release(
+            store, release, file.queries, file.root, config.images, config.evaluate.category
         )
-        for row in rows
-        if row[column] and row["product_id"]
-    ]
-    return queries, root
-
-
-def measure_queries(
-    config: EvaluateConfig,
-    catalog: Catalog,
-    images: ImagesConfig,
-    store: Store,
-    indexes: str,
-    *,
-    use_images: bool,
-) -> Measured:
-    """Run the labelled queries against an index version, in one Ray task that has the encoder.
-
-    Args:
-        config: The evaluate section.
-        catalog: Gives queries for the contact sheet where none are labelled.
-        images: Limits for query images.
-        store: The store.
-        indexes: Name of the folder below `indexes/`.
-        use_images: Whether to ask with photos, or with words.
-    """
-    queries: list[Query] = []
-    root = catalog.root
-    if config.queries is not None:
-        queries, root = read_queries(config, use_images=use_images)
-    task = _run_queries.options(num_gpus=1 if ray.cluster_resources().get("GPU") else 0)
-    outcome = gather([task.remote(queries, root, catalog, images, store, indexes, use_images)])[0]
-    searched, failed = outcome
-    if not queries:
-        return Measured(queries=0, recall={}, failed=failed, sheet=searched)
-    found = [[row["product_id"] for row in one.found] for one in searched]
-    relevant = [one.query.relevant for one in searched]
-    recall: dict[str, float] = {}
-    if found:
-        recall = {f"recall_at_{k}": _share(found, relevant, k) for k in RECALL_KS}
-        recall["mrr"] = mean_reciprocal_rank(found, [set(r) for r in relevant])
-    return Measured(
-        queries=len(searched), recall=recall, failed=failed, sheet=_pick_sheet(searched)
+        skipped = _skipped(file, answers)
+        if not answers.queries:
+            raise CatalogError(f"{KEY} {config.evaluate.queries}: {_why_none(file, skipped)}")
+        progress.stage("search exactly")
+        exact = _search_exactly(store, release, answers)
+    progress.stage("measure")
+    metrics, paired = _measure(answers, exact)
+    evaluation = Evaluation(
+        release=release.version,
+        queries=len(answers.queries),
+        default_field=next(iter(answers.fields)),
+        metrics=metrics,
+        paired=paired,
+        latency_ms=answers.latency_ms,
+        skipped=skipped,
+        report="",
     )
+    report = asdict(evaluation) | _describe(config, release, file, answers)
+    address = write_evaluation(store, report, answers.failures, catalog_root, config.images)
+    return replace(evaluation, report=address)
 
 
-def _share(found: list[list[str]], relevant: list[tuple[str, ...]], k: int) -> float:
-    return recall_at_k(found, [set(r) for r in relevant], k)
+def _skipped(file: QueryFile, answers: Answers) -> dict[str, dict[str, Any]]:
+    bad_rows = {name: Skipped(of="rows", count=rows) for name, rows in file.bad_rows.items()}
+    return {name: asdict(one) for name, one in (bad_rows | answers.skipped).items()}
 
 
-def _pick_sheet(searched: Sequence[SearchedQuery]) -> list[SearchedQuery]:
-    """Take queries evenly from the whole list, so that the sheet isn't one category's."""
-    step = max(1, len(searched) // SHEET_QUERIES)
-    return list(searched[::step][:SHEET_QUERIES])
+def _why_none(file: QueryFile, skipped: dict[str, dict[str, Any]]) -> str:
+    counts = ", ".join(f"{name} {one['count']}" for name, one in skipped.items())
+    example = next((one["examples"][0] for one in skipped.values() if one["examples"]), "")
+    return f"none of {len(file.queries)} queries can be used ({counts}; {example})"
 
 
-@ray.remote(num_cpus=1)
-def _run_queries(
-    queries: list[Query],
-    root: str,
-    catalog: Catalog,
-    images: ImagesConfig,
-    store: Store,
-    indexes: str,
-    use_images: bool,
-) -> tuple[list[SearchedQuery], list[str]]:
-    from jobs.search import Searcher, result_rows
-
-    searcher = Searcher(store, indexes, images=images)
-    wanted = queries or _catalog_queries(searcher, catalog, use_images)
-    searched, failed = [], []
-    for query in wanted:
-        try:
-            data = _fetch(query, root, images)
-            results = searcher.search(image=data, text=query.text, k=max(RECALL_KS))
-        except JobError as error:
-            failed.append(f"{query.image or query.text}: {error}")
-            continue
-        searched.append(SearchedQuery(query=query, root=root, found=result_rows(results)))
-    return searched, failed
+def _search_exactly(store: Store, release: Release, answers: Answers) -> Rankings:
+    """Search all kinds at once: each data file is read once a field."""
+    live = release_rows(store, release)
+    kinds = list(answers.asked)
+    queries = np.concatenate([answers.asked[kind].vectors for kind in kinds])
+    bounds = np.cumsum([len(answers.asked[kind].vectors) for kind in kinds])[:-1].tolist()
+    starts, ends = [0, *bounds], [*bounds, len(queries)]
+    rankings: Rankings = {}
+    for name, field in answers.fields.items():
+        found = search_release(store, release, live, field, queries, RANKS)
+        for kind, start, end in zip(kinds, starts, ends, strict=True):
+            rankings[kind, name] = found[start:end]
+    return rankings
 
 
-def _fetch(query: Query, root: str, images: ImagesConfig) -> bytes | None:
-    if query.image is None:
-        return None
-    data = fetch_images([query.image], root, images)[0]
-    if isinstance(data, bytes):
-        return data
-    raise JobError(str(data))
+def _measure(
+    answers: Answers, exact: Rankings
+) -> tuple[dict[str, dict[str, Figures]], dict[str, dict[str, Figures]]]:
+    """Turn rankings into figures by kind and field, and into paired differences by field."""
+    metrics: dict[str, dict[str, Figures]] = {kind: {} for kind in answers.asked}
+    scores: dict[tuple[str, str], Scores] = {}
+    for kind, name in product(answers.asked, answers.fields):
+        asked = answers.asked[kind]
+        queries = [answers.queries[place] for place in asked.places]
+        found = asked.found[name]
+        scores[kind, name] = score_queries(found, queries)
+        exact_scores = score_queries(exact[kind, name], queries)
+        categories = [answers.categories[place] for place in asked.places if answers.category]
+        metrics[kind][name] = {
+            "queries": len(queries),
+            "index": summarize(scores[kind, name]),
+            "exact": summarize(exact_scores),
+            "cost": summarize(subtract(exact_scores, scores[kind, name])),
+            "intersection_at_10": overlap(found, exact[kind, name]),
+            "by_category": by_category(scores[kind, name], categories) if categories else {},
+        }
+    paired = {name: dict(_pair(answers, scores, name)) for name in answers.fields}
+    return metrics, {name: value for name, value in paired.items() if value}
 
 
-def _catalog_queries(searcher: Any, catalog: Catalog, use_images: bool) -> list[Query]:  # noqa: ANN401
-    """Make unlabelled queries of some of the catalog's own products."""
-    table = searcher.ids.table
-    places = np.linspace(0, len(table) - 1, min(SHEET_QUERIES, len(table))).astype(int)
-    queries = []
-    for row in table.take(np.unique(places)).to_pylist():
-        if use_images and row["image_uri"]:
-            queries.append(Query(image=row["image_uri"], text=None, relevant=()))
-        elif not use_images:
-            names = template_names(catalog.text)
-            values = {n: (row["metadata"] or {}).get(catalog.columns[n]) for n in names}
-            queries.append(Query(image=None, text=fill_template(catalog.text, values), relevant=()))
-    return queries
+def _pair(
+    answers: Answers, scores: dict[tuple[str, str], Scores], name: str
+) -> Iterator[tuple[str, Figures]]:
+    """Compare photo and words together with each alone, query by query."""
+    if BOTH not in answers.asked:
+        return
+    both = answers.asked[BOTH].places
+    for kind in (IMAGE, TEXT):
+        alone = pick(scores[kind, name], np.searchsorted(answers.asked[kind].places, both))
+        difference = subtract(scores[BOTH, name], alone)
+        yield f"{BOTH} - {kind}", {"queries": len(both)} | summarize(difference)
+
+
+def _describe(
+    config: JobConfig, release: Release, file: QueryFile, answers: Answers
+) -> dict[str, Any]:
+    """Return what the report says beside the figures."""
+    failures = [
+        {"query": str(one.searched.query), "rank": one.rank, "right": one.right["product_id"]}
+        | {"found": [row["product_id"] for row in one.searched.found]}
+        for one in answers.failures
+    ]
+    return {
+        "run": new_run_id(),
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "products": release.products,
+        "encoder": release.encoder,
+        "queries_in_file": file.in_file,
+        "queries_drawn": len(file.queries),
+        "indexes": {name: answers.indexes[name] for name in answers.fields},
+        "category": answers.category,
+        "sheet_kind": answers.sheet_kind,
+        "failures": {
+            "queries": len(answers.asked[answers.sheet_kind].places),
+            "near": answers.near,
+            "missed": answers.missed,
+            "shown": failures,
+        },
+        "device": answers.device,
+        "resamples": RESAMPLES,
+        "definitions": DEFINITIONS,
+        "config": config.model_dump(mode="json"),
+        "config_hash": config.hash(),
+    }

@@ -9,9 +9,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from jobs.evaluate import SearchedQuery
+from jobs.answers import Failure
 from jobs.fetch import fetch_images
 from jobs.images import ImageRejected, ImagesConfig, decode_image
+from jobs.queries import SearchedQuery
 from jobs.store import Store
 
 THUMBNAIL_PX = 160
@@ -39,13 +40,66 @@ def write_report(
     Returns:
         Address of report.html.
     """
-    store.write_text(json.dumps(report, indent=2, ensure_ascii=False), "runs", run, "report.json")
+    rows = [_sheet_row(one, catalog_root, images) for one in sheet]
+    return render_report(store, run, "report.html", report, sheet=rows)
+
+
+def write_evaluation(
+    store: Store,
+    report: dict[str, Any],
+    failures: Sequence[Failure],
+    catalog_root: str,
+    images: ImagesConfig,
+) -> str:
+    """Write both forms of an evaluation below `runs/<run>/`.
+
+    Args:
+        store: The store.
+        report: Plain values, `run` among them; all of them measured in this run.
+        failures: Queries to show on the contact sheet.
+        catalog_root: Where relative product image URIs start.
+        images: Limits for the pictures.
+
+    Returns:
+        Address of report.html.
+    """
+    report["report"] = store.uri("runs", report["run"], "report.html")
+    rows = [_failure_row(one, catalog_root, images) for one in failures]
+    return render_report(store, report["run"], "evaluate.html", report, sheet=rows)
+
+
+def render_report(
+    store: Store, run: str, template: str, report: dict[str, Any], **shown: object
+) -> str:
+    """Write a report below `runs/<run>/`: as JSON, and as a page.
+
+    Args:
+        store: The store.
+        run: The run's id.
+        template: Name in `jobs/templates`.
+        report: Plain values; `r` in the template.
+        **shown: What the page shows beside them: pictures, charts.
+
+    Returns:
+        Address of report.html.
+    """
     environment = Environment(
         loader=PackageLoader("jobs"), autoescape=select_autoescape(), undefined=StrictUndefined
     )
-    rows = [_sheet_row(one, catalog_root, images) for one in sheet]
-    page = environment.get_template("report.html").render(r=report, sheet=rows)
+    page = environment.get_template(template).render(r=report, **shown)
+    store.write_text(json.dumps(report, indent=2, ensure_ascii=False), "runs", run, "report.json")
     return store.write_text(page, "runs", run, "report.html")
+
+
+def _failure_row(one: Failure, catalog_root: str, images: ImagesConfig) -> dict[str, Any]:
+    row = _sheet_row(one.searched, catalog_root, images)
+    picture = _thumbnails([one.right["image_uri"]], catalog_root, images)[0]
+    words = one.searched.query.text or ""
+    return row | {
+        "caption": words[:120] if one.searched.query.image else "",
+        "rank": one.rank,
+        "right": {"picture": picture, "caption": _caption(one.right)},
+    }
 
 
 def _sheet_row(one: SearchedQuery, catalog_root: str, images: ImagesConfig) -> dict[str, Any]:
@@ -62,9 +116,9 @@ def _sheet_row(one: SearchedQuery, catalog_root: str, images: ImagesConfig) -> d
     ]
     picture = _thumbnails([one.query.image], one.root, images)[0] if one.query.image else ""
     caption = ", ".join(one.query.relevant)
-    if one.query.text:
+    if one.query.text and not one.query.image:
         picture = f'<div class="none">{html.escape(one.query.text[:120])}</div>'
-    return {"picture": picture, "caption": caption, "found": results}
+    return {"picture": picture, "caption": caption, "found": results, "right": None, "rank": None}
 
 
 def _caption(row: dict[str, Any]) -> str:

@@ -7,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from indexing import search
-from indexing.metrics import intersection_at_k, list_imbalance, mean_reciprocal_rank, recall_at_k
+from indexing.metrics import (
+    bootstrap_interval,
+    intersection_at_k,
+    list_imbalance,
+    mean_reciprocal_rank,
+    ndcgs_at_k,
+    recall_at_k,
+    recalls_at_k,
+    reciprocal_ranks,
+)
 from indexing.search import group_by_product, merge_topk, search_exact, search_index
 
 faiss.omp_set_num_threads(1)
@@ -179,3 +188,95 @@ def test_list_imbalance():
     assert list_imbalance(np.array([15, 0, 0])) == pytest.approx(3.0)
     assert list_imbalance(np.array([], dtype=np.int64)) == 1.0
     assert list_imbalance(np.array([0, 0])) == 1.0
+
+
+def test_figures_of_each_query_average_to_the_metric():
+    found, relevant = [["a", "b"], ["c"], ["b", "a"]], ["a", "d", {"a", "c"}]
+    assert recalls_at_k(found, relevant, 2).tolist() == [1.0, 0.0, 0.5]
+    assert reciprocal_ranks(found, relevant).tolist() == [1.0, 0.0, 0.5]
+    assert recall_at_k(found, relevant, 2) == mean_reciprocal_rank(found, relevant) == 0.5
+
+
+def test_ndcg_by_hand():
+    gains = {"a": 100.0, "b": 10.0, "c": 0.0}
+    ideal = 100 + 10 / np.log2(3)
+    found = [["a", "b"], ["b", "a"], ["x", "a"], ["c"], []]
+    expected = [ideal, 10 + 100 / np.log2(3), 100 / np.log2(3), 0, 0]
+    values = ndcgs_at_k(found, [gains] * 5, 10)
+    np.testing.assert_allclose(values, np.array(expected) / ideal)
+    np.testing.assert_allclose(ndcgs_at_k([["a"], ["b", "a"]], [gains] * 2, 1), [1.0, 0.1])
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.integers(1, 12), st.randoms())
+@settings(max_examples=60, deadline=None)
+def test_ndcg_is_one_for_the_best_order_and_never_above(values, k, random):
+    gains = {str(number): float(value) for number, value in enumerate([*values, 1])}
+    best = sorted(gains, key=lambda product: -gains[product])
+    shuffled = random.sample(best, len(best))
+    first, second = ndcgs_at_k([best, shuffled], [gains] * 2, k)
+    assert first == pytest.approx(1)
+    assert 0 <= second <= 1 + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("found", "gains", "k"),
+    [
+        ([], [], 1),
+        ([["a"]], [], 1),
+        ([["a"]], [{}], 1),
+        ([["a"]], [{"a": 0.0}], 1),
+        ([["a"]], [{"a": -1.0, "b": 2.0}], 1),
+        ([["a"]], [{"a": float("nan")}], 1),
+        ([["a"]], [{"a": 1.0}], 0),
+    ],
+)
+def test_ndcg_refuses(found, gains, k):
+    with pytest.raises(ValueError):  # noqa: PT011 - each has its own words
+        ndcgs_at_k(found, gains, k)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=30), st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_bootstrap_interval_contains_the_mean(values, seed):
+    figures = np.array(values)
+    low, high = bootstrap_interval(figures, resamples=50, seed=seed)
+    assert figures.min() - 1e-12 <= low <= figures.mean() <= high <= figures.max() + 1e-12
+    assert (low, high) == bootstrap_interval(figures, resamples=50, seed=seed)
+
+
+def test_bootstrap_of_a_constant_has_no_width():
+    low, high = bootstrap_interval(np.full(20, 0.3))
+    assert (low, high) == pytest.approx((0.3, 0.3), abs=1e-12)
+
+
+def test_bootstrap_covers_the_truth_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    trials = 400
+    hits = 0
+    for trial in range(trials):
+        sample = (generator.random(200) < 0.6).astype(np.float64)
+        low, high = bootstrap_interval(sample, resamples=400, seed=trial)
+        hits += low <= 0.6 <= high
+    assert 0.92 <= hits / trials <= 0.975
+
+
+def test_bootstrap_in_parts_is_the_same(monkeypatch):
+    values = np.random.default_rng(1).random(50)
+    whole = bootstrap_interval(values)
+    monkeypatch.setattr("indexing.metrics.MAX_DRAWN", 120)
+    assert bootstrap_interval(values) == whole
+
+
+@pytest.mark.parametrize(
+    ("values", "options"),
+    [
+        ([], {}),
+        ([float("nan")], {}),
+        ([[1.0]], {}),
+        ([1.0], {"resamples": 0}),
+        ([1.0], {"level": 1.0}),
+    ],
+)
+def test_bootstrap_refuses(values, options):
+    with pytest.raises(ValueError, match="expected"):
+        bootstrap_interval(np.array(values, np.float64), **options)

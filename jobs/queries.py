@@ -1,0 +1,286 @@
+"""Labelled queries: reads them, and measures an index version with them for the refresh.
+
+They are run through the same Searcher that serving uses.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from indexing.metrics import mean_reciprocal_rank, recall_at_k
+from jobs.catalog import Catalog, template_names
+from jobs.cluster import gather
+from jobs.config import EvaluateConfig
+from jobs.errors import CatalogError, JobError
+from jobs.fetch import fetch_images
+from jobs.images import ImagesConfig
+from jobs.items import fill_template
+from jobs.pairs import read_pairs
+from jobs.store import Store
+
+RECALL_KS = (1, 5, 10)
+SHEET_QUERIES = 12
+KEY = "evaluate.queries"
+IMAGE, TEXT = "query_image_uri", "query_text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """One query: a photo, words or both, and how good each judged product is as its answer.
+
+    Attributes:
+        gains: Gain of each judged product, finite, >= 0; empty if the query is unlabelled.
+    """
+
+    image: str | None
+    text: str | None
+    gains: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def relevant(self) -> tuple[str, ...]:
+        """The right products: those with a gain above 0, best first."""
+        right = [product for product, gain in self.gains.items() if gain > 0]
+        return tuple(sorted(right, key=lambda product: -self.gains[product]))
+
+    def __str__(self) -> str:
+        """Name the query in a message."""
+        return " + ".join(part for part in (self.image, self.text) if part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryFile:
+    """The labelled queries of a file.
+
+    Attributes:
+        queries: A seeded sample if there are more than the configured most, in the file's order.
+        root: The folder that relative image URIs start from.
+        in_file: Queries in the whole file.
+        bad_rows: Rows that are no judgment, by reason.
+    """
+
+    queries: list[Query]
+    root: str
+    in_file: int
+    bad_rows: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchedQuery:
+    """A query and what it found, for the contact sheet.
+
+    Attributes:
+        found: Results as `jobs.search.result_rows` makes them, best first.
+    """
+
+    query: Query
+    root: str
+    found: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What the labelled queries showed; empty without any.
+
+    Attributes:
+        recall: recall_at_k by k, and `mrr`.
+        failed: Queries that could not be run, with the reason.
+        sheet: Some queries with their results; catalog rows where no query is labelled.
+    """
+
+    queries: int
+    recall: dict[str, float]
+    failed: list[str] = field(default_factory=list)
+    sheet: list[SearchedQuery] = field(default_factory=list)
+
+
+def read_queries(config: EvaluateConfig) -> QueryFile:
+    """Read labelled queries: `product_id` with `query_image_uri` and/or `query_text`.
+
+    Rows of the same photo and words, and of the same `query_id` where the file has that column,
+    are one query with several judged products. `gain` says how good each is (1 without the
+    column); of a product judged twice, the best counts.
+
+    Args:
+        config: Says where and how many.
+
+    Raises:
+        CatalogError: The file can't be read, lacks the columns, is empty or holds no judgment.
+    """
+    path = str(config.queries)
+    optional = (IMAGE, TEXT, "query_id", "gain")
+    table, root = read_pairs(path, ("product_id",), key=KEY, optional=optional)
+    _check_columns(path, table.schema)
+    rows = _read_rows(path, table)
+    queries, bad_rows = _group(rows)
+    if not queries:
+        raise CatalogError(f"{KEY} {path}: none of {table.num_rows} rows is a judgment: {bad_rows}")
+    picked = np.random.default_rng(0).permutation(len(queries))[: config.max_queries]
+    chosen = [queries[place] for place in np.sort(picked)]
+    return QueryFile(queries=chosen, root=root, in_file=len(queries), bad_rows=bad_rows)
+
+
+def _check_columns(path: str, schema: pa.Schema) -> None:
+    types = pa.types
+    if not {IMAGE, TEXT} & set(schema.names):
+        raise CatalogError(f"{KEY} {path} has no column {IMAGE} or {TEXT}")
+    faults = []
+    for one in schema:
+        kind = one.type.value_type if types.is_dictionary(one.type) else one.type
+        if one.name == "gain":
+            numeric = types.is_integer(kind) or types.is_floating(kind) or types.is_null(kind)
+            faults += [] if numeric else [f"column gain is {one.type}, expected a number"]
+        elif one.name != "query_id" and not (
+            types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)
+        ):
+            faults.append(f"column {one.name} is {one.type}, expected string")
+    if faults:
+        raise CatalogError(f"{KEY} {path}: {', '.join(faults)}")
+
+
+def _read_rows(path: str, table: pa.Table) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = table.to_pylist()
+    except UnicodeDecodeError as error:
+        raise CatalogError(f"{KEY} {path}: a text is no UTF-8: {error}") from error
+    return rows
+
+
+def _group(rows: Sequence[dict[str, Any]]) -> tuple[list[Query], dict[str, int]]:
+    """Join judgments into queries; count the rows that are none."""
+    bad: Counter[str] = Counter()
+    judged: dict[tuple[Any, str, str], dict[str, float]] = {}
+    for row in rows:
+        image, text = row.get(IMAGE) or "", (row.get(TEXT) or "").strip()
+        gain = row.get("gain", 1.0)
+        if not row["product_id"]:
+            bad["no_product_id"] += 1
+        elif not image and not text:
+            bad["no_query"] += 1
+        elif gain is None or not math.isfinite(gain) or gain < 0:
+            bad["bad_gain"] += 1
+        else:
+            gains = judged.setdefault((row.get("query_id"), image, text), {})
+            gains[row["product_id"]] = max(float(gain), gains.get(row["product_id"], 0.0))
+    queries = [
+        Query(image=image or None, text=text or None, gains=gains)
+        for (_, image, text), gains in judged.items()
+    ]
+    return queries, dict(bad)
+
+
+def measure_queries(
+    config: EvaluateConfig,
+    catalog: Catalog,
+    images: ImagesConfig,
+    store: Store,
+    indexes: str,
+    *,
+    use_images: bool,
+) -> Measured:
+    """Run the labelled queries against an index version, in one Ray task that has the encoder.
+
+    Args:
+        config: The evaluate section.
+        catalog: Gives queries for the contact sheet where none are labelled.
+        images: Limits for query images.
+        store: The store.
+        indexes: Name of the folder below `indexes/`.
+        use_images: Whether to ask with photos, or with words.
+    """
+    queries: list[Query] = []
+    root = catalog.root
+    if config.queries is not None:
+        read = read_queries(config)
+        queries, root = _one_kind(read.queries, use_images=use_images), read.root
+        if not queries:
+            column = IMAGE if use_images else TEXT
+            raise CatalogError(f"{KEY} {config.queries} has no labelled query with {column}")
+    task = _run_queries.options(num_gpus=1 if ray.cluster_resources().get("GPU") else 0)
+    outcome = gather([task.remote(queries, root, catalog, images, store, indexes, use_images)])[0]
+    searched, failed = outcome
+    if not queries:
+        return Measured(queries=0, recall={}, failed=failed, sheet=searched)
+    found = [[row["product_id"] for row in one.found] for one in searched]
+    relevant = [one.query.relevant for one in searched]
+    recall: dict[str, float] = {}
+    if found:
+        recall = {f"recall_at_{k}": _share(found, relevant, k) for k in RECALL_KS}
+        recall["mrr"] = mean_reciprocal_rank(found, [set(r) for r in relevant])
+    return Measured(
+        queries=len(searched), recall=recall, failed=failed, sheet=_pick_sheet(searched)
+    )
+
+
+def _one_kind(queries: Sequence[Query], *, use_images: bool) -> list[Query]:
+    """Keep what a photo alone, or words alone, can ask; queries without a right product go."""
+    return [
+        replace(query, text=None) if use_images else replace(query, image=None)
+        for query in queries
+        if (query.image if use_images else query.text) and query.relevant
+    ]
+
+
+def _share(found: list[list[str]], relevant: list[tuple[str, ...]], k: int) -> float:
+    return recall_at_k(found, [set(r) for r in relevant], k)
+
+
+def _pick_sheet(searched: Sequence[SearchedQuery]) -> list[SearchedQuery]:
+    """Take queries evenly from the whole list, so that the sheet isn't one category's."""
+    step = max(1, len(searched) // SHEET_QUERIES)
+    return list(searched[::step][:SHEET_QUERIES])
+
+
+@ray.remote(num_cpus=1)
+def _run_queries(
+    queries: list[Query],
+    root: str,
+    catalog: Catalog,
+    images: ImagesConfig,
+    store: Store,
+    indexes: str,
+    use_images: bool,
+) -> tuple[list[SearchedQuery], list[str]]:
+    from jobs.search import Searcher, result_rows
+
+    searcher = Searcher(store, indexes, images=images)
+    wanted = queries or _catalog_queries(searcher, catalog, use_images)
+    searched, failed = [], []
+    for query in wanted:
+        try:
+            data = _fetch(query, root, images)
+            results = searcher.search(image=data, text=query.text, k=max(RECALL_KS))
+        except JobError as error:
+            failed.append(f"{query}: {error}")
+            continue
+        searched.append(SearchedQuery(query=query, root=root, found=result_rows(results)))
+    return searched, failed
+
+
+def _fetch(query: Query, root: str, images: ImagesConfig) -> bytes | None:
+    if query.image is None:
+        return None
+    data = fetch_images([query.image], root, images)[0]
+    if isinstance(data, bytes):
+        return data
+    raise JobError(str(data))
+
+
+def _catalog_queries(searcher: Any, catalog: Catalog, use_images: bool) -> list[Query]:  # noqa: ANN401
+    """Make unlabelled queries of some of the catalog's own products."""
+    table = searcher.ids.table
+    places = np.linspace(0, len(table) - 1, min(SHEET_QUERIES, len(table))).astype(int)
+    queries = []
+    for row in table.take(np.unique(places)).to_pylist():
+        if use_images and row["image_uri"]:
+            queries.append(Query(image=row["image_uri"], text=None))
+        elif not use_images:
+            names = template_names(catalog.text)
+            values = {n: (row["metadata"] or {}).get(catalog.columns[n]) for n in names}
+            queries.append(Query(image=None, text=fill_template(catalog.text, values)))
+    return queries

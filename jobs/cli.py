@@ -108,6 +108,15 @@ def search(
     field: Annotated[
         str | None, typer.Option("--field", help="image, text or multimodal; else the first.")
     ] = None,
+    image_weight: Annotated[
+        float | None,
+        typer.Option(
+            "--image-weight",
+            min=0,
+            max=1,
+            help="Share of the photo in a query of photo and words; else the release's.",
+        ),
+    ] = None,
     release: Annotated[
         int | None, typer.Option("--release", help="A release's version; else the newest.")
     ] = None,
@@ -124,7 +133,7 @@ def search(
     store = Store(job.store)
     found = store.release(release)
     searcher = Searcher(store, found.indexes, images=job.images, encoder=found.encoder)
-    results = searcher.search(image=image, text=text, k=k, field=field)
+    results = searcher.search(image=image, text=text, k=k, field=field, image_weight=image_weight)
     if as_json:
         _print_json({"release": found.version, "results": result_rows(results)})
         return
@@ -133,6 +142,44 @@ def search(
         shown = ", ".join(f"{n}: {str(v)[:60]}" for n, v in one.metadata.items() if v is not None)
         table.add_row(f"{one.score:.4f}", one.product_id, shown)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@app.command(epilog="Example: vitrine evaluate --config jobs/configs/grocery.yaml --json")
+def evaluate(
+    config: ConfigOption,
+    release: Annotated[
+        int | None, typer.Option("--release", help="A release's version; else the newest.")
+    ] = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure a release with labelled queries, through the index and exactly; publish nothing."""
+    from jobs.evaluate import evaluate as run
+
+    result = run(_config(config, overrides), Progress(quiet=quiet), release)
+    if as_json:
+        _print_json(asdict(result))
+        return
+    names = ("recall_at_1", "recall_at_5", "recall_at_10", "mrr", "ndcg_at_10")
+    title = f"release {result.release}, {result.queries:,} queries (95 % intervals)"
+    table = Table("query", "field", "queries", *names, "exact recall_at_10", "intersection_at_10")
+    table.title = title
+    for kind, fields in result.metrics.items():
+        for name, row in fields.items():
+            figures = [_interval(row["index"][metric]) for metric in names]
+            marked = f"{name} *" if name == result.default_field else name
+            exact = f"{row['exact']['recall_at_10']['value']:.3f}"
+            overlap = f"{row['intersection_at_10']:.3f}"
+            table.add_row(kind, marked, f"{row['queries']:,}", *figures, exact, overlap)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    typer.echo("* the field that a search without --field uses")
+    for reason, one in result.skipped.items():
+        typer.echo(f"left out: {one['count']:,} {one['of']}: {reason}")
+    for step, parts in result.latency_ms.items():
+        shown = ", ".join(f"{n} {one['p50']:.2f} / {one['p99']:.2f}" for n, one in parts.items())
+        typer.echo(f"{step}, ms p50 / p99: {shown}")
+    typer.echo(f"report: {result.report}")
 
 
 @app.command(epilog="Example: vitrine sample sample-catalog --products 1000 --seed 0")
@@ -165,18 +212,67 @@ def train(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train the configured encoder on pairs (mim3, one process) and write a checkpoint."""
+    """Train the configured encoder on pairs by a preset and write the best checkpoint."""
     from jobs.train import train as run
 
-    result = run(_config(config, overrides), destination, Progress(quiet=quiet))
+    result = asdict(run(_config(config, overrides), destination, Progress(quiet=quiet)))
+    if as_json:
+        _print_json(result)
+        return
+    validation = result.pop("validation") or {}
+    typer.echo("\n".join(f"{name}: {value}" for name, value in result.items()))
+    for kind, figures in validation.items():
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+        typer.echo(f"  {kind}: {shown}")
+
+
+@app.command("import-csv", epilog="Example: vitrine import-csv products.csv catalog")
+def import_csv(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A CSV, plain or gzip.")],
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="A new folder.")],
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column",
+            help="What a column is: title=Name; image=A,B: several; brand=: none. Repeatable.",
+        ),
+    ] = None,
+    delimiter: Annotated[
+        str | None, typer.Option("--delimiter", help="A character or its name; else guessed.")
+    ] = None,
+    encoding: Annotated[
+        str | None, typer.Option("--encoding", help="As in cp1252; else guessed.")
+    ] = None,
+    image_root: Annotated[
+        str | None,
+        typer.Option("--image-root", help="Where relative pictures lie; else the CSV's folder."),
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Turn a product CSV into a catalog; guess what its columns are."""
+    from jobs.import_csv import ImportOptions, format_summary
+    from jobs.import_csv import import_csv as run
+
+    options = ImportOptions(
+        columns=tuple(columns or ()),
+        encoding=encoding,
+        delimiter=delimiter,
+        image_root=image_root,
+    )
+    result = run(file, destination, options, Progress(quiet=quiet))
     if as_json:
         _print_json(asdict(result))
         return
-    typer.echo("\n".join(f"{name}: {value}" for name, value in asdict(result).items()))
+    typer.echo(format_summary(result))
 
 
 def _config(path: Path, overrides: list[str] | None) -> JobConfig:
     return read_config(path, overrides or ())
+
+
+def _interval(figure: dict[str, float]) -> str:
+    return f"{figure['value']:.3f}\n{figure['low']:.2f}-{figure['high']:.2f}"
 
 
 def _print_json(value: dict[str, Any]) -> None:

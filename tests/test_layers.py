@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = {f"jobs.{name}" for name in ("refresh", "sample", "train", "cli")}
+COMMANDS = {
+    f"jobs.{name}" for name in ("refresh", "evaluate", "sample", "train", "import_csv", "cli")
+}
 SHELL = {"ray", "pyarrow", "pydantic", "deltalake", "jobs"}
 
 

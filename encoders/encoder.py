@@ -189,8 +189,7 @@ class OpenClipEncoder:
 class MsrEncoder:
     """Run an MSR model for inference: words against fused products.
 
-    A photo as a query is encoded as a product without a text: our rule, the paper has no photo
-    queries.
+    A photo as a query is encoded as a product without a text: our rule.
     """
 
     def __init__(

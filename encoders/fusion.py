@@ -5,15 +5,15 @@
     alpha_concat   normalize([(1 - w) * text ; w * image])
     mlp            learned; the encoder gives the fused vector itself
 
-`sum` is the rule of MIM encoders and stock models, the others are those of MSR ("Multimodal
-semantic retrieval for product search", arXiv 2501.07365), whose alpha is our 1 - w. With unit
+`sum` is our rule for MIM encoders and stock models. The others are after MSR ("Multimodal
+semantic retrieval for product search", arXiv 2501.07365), which concatenates alpha * v1 and
+(1 - alpha) * v2; that v1 is the text, and the unit length, are ours: alpha is 1 - w. With unit
 parts an inner product with [q ; q] is a weighted sum of two cosines.
 
 Letters: B rows, D dimension of one tower's vectors.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -34,8 +34,6 @@ class FusionSpec:
     Raises:
         ValueError: An unknown kind, or a weight outside [0, 1].
     """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     kind: str = "sum"
     image_weight: float = 0.5

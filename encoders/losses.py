@@ -14,14 +14,16 @@ def contrastive_loss(
     product_ids: torch.Tensor,
     *,
     query_ids: torch.Tensor | None = None,
+    right_ids: torch.Tensor | None = None,
     negatives: torch.Tensor | None = None,
     negative_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Contrast two roles of the same products over one batch, in both directions.
 
     Key j answers query i if some row that asks what row i asks has product j: so all rows of i's
-    product do, and all of a product that another row gives for i's query. These are P(i), i itself
-    among them; all others, N(i), are negatives. With s = logit_scale * queries @ keys.T,
+    product do, and all of a product that another row, or `right_ids`, gives for i's query. These
+    are P(i), i itself among them; all others, N(i), are negatives. With
+    s = logit_scale * queries @ keys.T,
 
         loss(i) = mean over j in P(i) of -log(e^s_ij / (e^s_ij + sum over n in N(i) of e^s_in))
 
@@ -36,6 +38,8 @@ def contrastive_loss(
         logit_scale: 1 / temperature (not its logarithm), a scalar.
         product_ids: (B,) int64.
         query_ids: (B,) int64; rows of one id asked the same. None: all rows asked differently.
+        right_ids: (B, R) int64, products that are known from beyond the batch to answer a row's
+            query, padded with -1. None: the batch says it all.
         negatives: (M, D) float unit rows, further keys. None: the batch's own alone.
         negative_ids: (M,) int64, the products of `negatives`.
 
@@ -46,27 +50,34 @@ def contrastive_loss(
         ValueError: The shapes don't fit together.
     """
     _check_shapes(queries, keys, product_ids, query_ids, negatives, negative_ids)
+    if right_ids is not None and (right_ids.ndim != 2 or len(right_ids) != len(queries)):
+        raise ValueError(f"right_ids {tuple(right_ids.shape)}, expected ({len(queries)}, R)")
     if len(queries) == 0:
         # 0 with a gradient of 0 for both roles: their towers take part in every step.
         return logit_scale * (queries.float().sum() + keys.float().sum())
     logits = logit_scale * queries.float() @ keys.float().T
-    positives = _answers(product_ids, product_ids, query_ids)
+    positives = _answers(product_ids, product_ids, query_ids, right_ids)
     more = None
     if negatives is not None and negative_ids is not None:
-        right = _answers(product_ids, negative_ids, query_ids)
+        right = _answers(product_ids, negative_ids, query_ids, right_ids)
         more = _mask(logit_scale * queries.float() @ negatives.float().T, right)
     return 0.5 * (_one_direction(logits, positives, more) + _one_direction(logits.T, positives.T))
 
 
 def _answers(
-    product_ids: torch.Tensor, key_ids: torch.Tensor, query_ids: torch.Tensor | None
+    product_ids: torch.Tensor,
+    key_ids: torch.Tensor,
+    query_ids: torch.Tensor | None,
+    right_ids: torch.Tensor | None,
 ) -> torch.Tensor:
     """Say which of K keys, by product, answer which of B queries: (B, K) bool."""
-    same_product = product_ids[:, None] == key_ids[None, :]
-    if query_ids is None:
-        return same_product
-    same_query = query_ids[:, None] == query_ids[None, :]
-    return same_query.float() @ same_product.float() > 0
+    answers = product_ids[:, None] == key_ids[None, :]
+    if query_ids is not None:
+        same_query = query_ids[:, None] == query_ids[None, :]
+        answers = same_query.float() @ answers.float() > 0
+    if right_ids is not None:
+        answers = answers | (right_ids[:, :, None] == key_ids[None, None, :]).any(dim=1)
+    return answers
 
 
 def _one_direction(

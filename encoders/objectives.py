@@ -97,7 +97,8 @@ class Objective(nn.Module):
         Args:
             features: Role to (B, D) float32 unit rows; `negative` (M, D) beside `product`.
             labels: `product_ids`, `query_ids` (B,) int64; `has_query_text`, `has_product_text`
-                (B,) bool; `negative_ids` (M,) int64 for MSR.
+                (B,) bool; `negative_ids` (M,) int64 for MSR. Maybe `right_ids` (B, R) int64: see
+                `contrastive_loss`.
         """
         roles = dict(features)
         if any(term.query == "fused_query" for term in self.terms):
@@ -114,7 +115,7 @@ class Objective(nn.Module):
         return total, losses
 
     def clamp_scales(self) -> None:
-        """Keep every temperature between 1 and 1/100, as CLIP does."""
+        """Keep every temperature between 1 and 1/100, as open_clip's training does."""
         with torch.no_grad():
             for scale in self.log_scales.values():
                 scale.clamp_(0, MAX_LOG_SCALE)
@@ -130,6 +131,7 @@ class Objective(nn.Module):
                 scale,
                 product_ids,
                 query_ids=query_ids,
+                right_ids=labels.get("right_ids"),
                 negatives=roles.get("negative"),
                 negative_ids=labels.get("negative_ids"),
             )
@@ -139,9 +141,17 @@ class Objective(nn.Module):
             there = there & labels["has_query_text"]
         if term.key == "product_text":
             there = there & labels["has_product_text"]
-        asked = query_ids[there] if term.query == "query_text" else None
+        asked = right = None
+        if term.query == "query_text":
+            asked = query_ids[there]
+            right = labels["right_ids"][there] if "right_ids" in labels else None
         return contrastive_loss(
-            queries[there], keys[there], scale, product_ids[there], query_ids=asked
+            queries[there],
+            keys[there],
+            scale,
+            product_ids[there],
+            query_ids=asked,
+            right_ids=right,
         )
 
 

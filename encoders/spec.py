@@ -48,7 +48,7 @@ class EncoderSpec:
         pretrained: An open_clip tag, the path of a weights file (.safetensors, .pt, .pth,
             .bin), or "random".
         checkpoint: A Vitrine checkpoint directory.
-        image_weights: A .safetensors file for the image tower's trunk alone, in timm's or
+        image_weights: A weights file for the image tower's trunk alone, in timm's or
             open_clip's names; over what `pretrained` gave.
         text_weights: A Hugging Face folder for a Hugging Face text tower alone.
         seed: Seeds the weights of "random"; not read otherwise.

@@ -8,7 +8,7 @@ the whole batch. So the number of ranks changes neither loss nor gradient.
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,8 +50,6 @@ class TrainSpec:
     Raises:
         ValueError: A value is out of range.
     """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     preset: str = "mim3"
     steps: int = 1000

@@ -156,4 +156,5 @@ class Batches:
         return {
             "product_ids": torch.from_numpy(self._data.product_ids[rows]),
             "query_ids": torch.from_numpy(self._data.query_ids[rows]),
+            "right_ids": torch.from_numpy(self._data.right_ids(rows)),
         }

@@ -183,7 +183,7 @@ class TrainConfig(Section):
         default=True, description="Crop, flip, recolour and blur street photos at random."
     )
     lock: Literal["none", "image", "text"] = Field(
-        default="none", description="A tower that stays as it is (LiT-style)."
+        default="none", description="A tower of the CLIP model that stays as it is (LiT-style)."
     )
     gradient_checkpointing: bool = Field(
         default=False, description="Compute activations twice, to save memory."

@@ -8,6 +8,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,9 +102,14 @@ def build_layout(
         source=source,
         roles=roles,
         others=name_columns(source.header, roles),
-        image_root=image_root or str(source.path.resolve().parent),
+        image_root=_absolute(image_root or str(source.path.resolve().parent)),
         image_root_given=image_root is not None,
     )
+
+
+def _absolute(root: str) -> str:
+    """Return a folder's absolute path: the catalog will lie in another folder."""
+    return root if "://" in root else str(Path(root).resolve())
 
 
 def profile_rows(layout: Layout) -> Profile:
@@ -204,6 +210,9 @@ def join_rows(
                 current.images += further
                 current.merged += 1
         elif (line := first_line(hash63((product_id.encode(),)), row.line)) is not None:
+            if current is not None:  # the rows after this one are not adjacent to it any more
+                yield current
+                current = None
             yield _repeated(row, product_id, line)
         else:
             if current is not None:

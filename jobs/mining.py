@@ -45,9 +45,6 @@ def mine_negatives(
     if database is None:
         weight = encoder.fusion.image_weight
         database = fuse_products(encoder.fusion, stored["image"], stored["text"], weight)
-    right: dict[int, set[int]] = {}
-    for query, product in zip(data.query_ids.tolist(), data.product_ids.tolist(), strict=True):
-        right.setdefault(query, set()).add(product)
     found = np.empty((len(data), wanted), np.int64)
     block = max(1, min(ENCODE_ROWS, SCORES // len(database)))
     for start in range(0, len(data), block):
@@ -55,7 +52,8 @@ def mine_negatives(
         tokens = tokenizers.query(data.texts("query", rows))
         scores = _scores(encoder.encode_queries(None, tokens, image_weight=0.0), database)
         for row, near in zip(rows, scores, strict=True):
-            wrong = _nearest_wrong(near, products.ids, right[int(data.query_ids[row])], wanted)
+            right = data.answers[int(data.query_ids[row])]
+            wrong = _nearest_wrong(near, products.ids, right, wanted)
             if not len(wrong):
                 wrong = np.flatnonzero(products.ids == data.product_ids[row])
             drawn = random.choice(wrong, wanted, replace=len(wrong) < wanted)
@@ -69,9 +67,9 @@ def _scores(queries: Float32Array, database: Float32Array) -> Float32Array:
 
 
 def _nearest_wrong(
-    scores: Float32Array, product_ids: Int64Array, right: set[int], wanted: int
+    scores: Float32Array, product_ids: Int64Array, right: Int64Array, wanted: int
 ) -> Int64Array:
     """Return places of the nearest products that are not right, in the products' order."""
     depth = min(len(scores), max(MINE_FROM, wanted) + len(right))
     near = np.sort(np.argpartition(-scores, depth - 1)[:depth])
-    return near[[int(one) not in right for one in product_ids[near]]].astype(np.int64)
+    return near[~np.isin(product_ids[near], right)].astype(np.int64)

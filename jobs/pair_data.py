@@ -23,6 +23,7 @@ UInt8Array = npt.NDArray[np.uint8]
 Int64Array = npt.NDArray[np.int64]
 
 CACHE_BYTES = 2**30
+MOST_ANSWERS = 64  # products that one query's words are known to be right for, in the loss
 PHOTO_MARGIN = 1.25  # street photos are kept larger, so that a crop of them keeps its detail
 
 
@@ -66,6 +67,7 @@ class PairData:
         table: The pairs, all of one row or more.
         product_ids: (N,) int64, hash of the product id.
         query_ids: (N,) int64, hash of the query text; of the row's number where there is none.
+        answers: By query id, the products (hashes) that any pair says are right for it, sorted.
         bad_pictures: Why a picture could not be used, by its address; by its row where a MIM
             pair has none.
     """
@@ -125,6 +127,9 @@ class PairData:
         self.query_ids = _hash_all(
             [text or f"\0{row}" for row, text in enumerate(self.texts("query", range(len(self))))]
         )
+        self.answers = _group_answers(self.query_ids, self.product_ids)
+        most = max(len(products) for products in self.answers.values())
+        self._most_answers = min(MOST_ANSWERS, most)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -147,6 +152,18 @@ class PairData:
         """List the distinct products, each at its first row."""
         ids, rows = np.unique(self.product_ids, return_index=True)
         return Products(ids=ids, rows=rows.astype(np.int64))
+
+    def right_ids(self, rows: Sequence[int]) -> Int64Array:
+        """Return the products that answer the rows' queries, (B, R) int64, padded with -1.
+
+        R is the same for all rows of the file; at most `MOST_ANSWERS`, beyond which some are left
+        out.
+        """
+        found = np.full((len(rows), self._most_answers), -1, np.int64)
+        for place, row in enumerate(rows):
+            known = self.answers[int(self.query_ids[row])][: self._most_answers]
+            found[place, : len(known)] = known
+        return found
 
     def texts(self, role: str, rows: Sequence[int] | Int64Array | range) -> list[str]:
         """Return `query` or `product` texts of rows; "" where there is none."""
@@ -281,3 +298,10 @@ def _judge_type(name: str, kind: pa.DataType) -> tuple[str, bool]:
 
 def _hash_all(texts: Sequence[str]) -> Int64Array:
     return np.array([hash63((t.encode("utf-8", "surrogatepass"),)) for t in texts], np.int64)
+
+
+def _group_answers(query_ids: Int64Array, product_ids: Int64Array) -> dict[int, Int64Array]:
+    found: dict[int, set[int]] = {}
+    for query, product in zip(query_ids.tolist(), product_ids.tolist(), strict=True):
+        found.setdefault(query, set()).add(product)
+    return {query: np.array(sorted(products), np.int64) for query, products in found.items()}

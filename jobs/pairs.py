@@ -6,6 +6,7 @@ from pathlib import Path
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from botocore.exceptions import BotoCoreError
 
 from jobs.errors import CatalogError
 
@@ -27,11 +28,11 @@ def read_pairs(
     Raises:
         CatalogError: The file can't be read, lacks columns or is empty.
     """
-    filesystem, local = fsspec.core.url_to_fs(path)
     try:
+        filesystem, local = fsspec.core.url_to_fs(path)
         with filesystem.open(local, "rb") as handle:
             table = pq.read_table(handle)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, ValueError, BotoCoreError) as error:
         raise CatalogError(f"{key} {path} can't be read: {error}") from error
     missing = [name for name in columns if name not in table.column_names]
     if missing:

@@ -28,6 +28,7 @@ RECALL_KS = (1, 5, 10)
 SHEET_QUERIES = 12
 KEY = "evaluate.queries"
 IMAGE, TEXT = "query_image_uri", "query_text"
+IMAGE_BYTES = "query_image"  # pairs may have it; queries may not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +114,10 @@ def read_queries(config: EvaluateConfig) -> QueryFile:
         CatalogError: The file can't be read, lacks the columns, is empty or holds no judgment.
     """
     path = str(config.queries)
-    optional = (IMAGE, TEXT, "query_id", "gain")
+    optional = (IMAGE, IMAGE_BYTES, TEXT, "query_id", "gain")
     table, root = read_pairs(path, ("product_id",), key=KEY, optional=optional)
     _check_columns(path, table.schema)
+    table = table.drop_columns([IMAGE_BYTES]) if IMAGE_BYTES in table.column_names else table
     rows = _read_rows(path, table)
     queries, bad_rows = _group(rows)
     if not queries:
@@ -129,8 +131,14 @@ def _check_columns(path: str, schema: pa.Schema) -> None:
     types = pa.types
     if not {IMAGE, TEXT} & set(schema.names):
         raise CatalogError(f"{KEY} {path} has no column {IMAGE} or {TEXT}")
+    if IMAGE_BYTES in schema.names and IMAGE not in schema.names:
+        raise CatalogError(
+            f"{KEY} {path} has photos as bytes; write them as files named in {IMAGE}"
+        )
     faults = []
     for one in schema:
+        if one.name == IMAGE_BYTES:
+            continue
         kind = one.type.value_type if types.is_dictionary(one.type) else one.type
         if one.name == "gain":
             numeric = types.is_integer(kind) or types.is_floating(kind) or types.is_null(kind)

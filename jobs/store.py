@@ -148,19 +148,22 @@ class Store:
         filesystem.get(target, str(local), recursive=filesystem.isdir(target))
         return local
 
-    def add_checkpoint(self, directory: Path, fingerprint: str) -> None:
+    def add_checkpoint(
+        self, directory: Path, fingerprint: str, folder: str = "checkpoints"
+    ) -> None:
         """Copy a checkpoint directory into the store, if it isn't there.
 
         Args:
             directory: A local directory that `encoders.checkpoint` wrote.
             fingerprint: Its fingerprint, which becomes its name.
+            folder: Below the root.
         """
         from encoders.checkpoint import checkpoint_files  # torch; only the driver needs it
 
         *files, mark = checkpoint_files(directory)  # the mark that it is whole is written last
-        if not self.filesystem().exists(self.uri("checkpoints", fingerprint, mark)):
+        if not self.filesystem().exists(self.uri(folder, fingerprint, mark)):
             for name in (*files, mark):
-                self.upload(directory / name, "checkpoints", fingerprint, *name.split("/"))
+                self.upload(directory / name, folder, fingerprint, *name.split("/"))
 
     def embeddings(self, version: int | None = None) -> DeltaTable:
         """Open the embeddings table, created empty if there is none.

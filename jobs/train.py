@@ -30,7 +30,7 @@ from jobs.pair_data import PairData
 from jobs.progress import Progress
 from jobs.store import Store, new_run_id, scratch_folder
 from jobs.train_loop import BEST_FOLDER, HISTORY_FILE, train_spec
-from jobs.train_ray import fit
+from jobs.train_ray import fit, start_folder
 from jobs.train_report import write_train_report
 
 
@@ -86,10 +86,10 @@ def train(config: JobConfig, destination: Path, progress: Progress) -> TrainResu
     try:
         fingerprint = make_start(config, section, start)
         _check_pairs(config, section, start)
-        _add_start(store, start, fingerprint)
+        name = f"train-{_identity(config, section, fingerprint)}"
+        _add_start(store, start, fingerprint, name)
     finally:
         shutil.rmtree(start)
-    name = f"train-{_identity(config, section, fingerprint)}"
     with ray_session(config.ray):
         kept = fit(config, section, store, name, fingerprint, progress)
         result = _conclude(config, store, kept, destination)
@@ -145,9 +145,9 @@ def make_start(config: JobConfig, section: TrainConfig, directory: Path) -> str:
         raise ConfigError(f"encoder: {error}") from error
 
 
-def _add_start(store: Store, start: Path, fingerprint: str) -> None:
+def _add_start(store: Store, start: Path, fingerprint: str, name: str) -> None:
     try:
-        store.add_checkpoint(start, fingerprint)
+        store.add_checkpoint(start, fingerprint, start_folder(name))
     except (OSError, BotoCoreError) as error:
         raise StoreError(f"store {store.root} can't be written: {error}") from error
 
@@ -184,10 +184,10 @@ def _identity(config: JobConfig, section: TrainConfig, fingerprint: str) -> str:
 
 def _version(path: str) -> str:
     """Return what changes when a file does: its size and time, or its ETag."""
-    filesystem, local = fsspec.core.url_to_fs(path)
     try:
+        filesystem, local = fsspec.core.url_to_fs(path)
         return str(filesystem.ukey(local))
-    except OSError as error:
+    except (OSError, ValueError, BotoCoreError) as error:
         raise CatalogError(f"pairs {path} can't be read: {error}") from error
 
 
@@ -207,7 +207,10 @@ def _conclude(
     tail = losses[-max(1, len(losses) // 10) :]
     best = [v for v in history["validations"] if v["step"] == history["best_step"]]
     report = write_train_report(store, new_run_id(), config, history)
-    part.replace(place)
+    try:
+        part.replace(place)
+    except OSError as error:
+        raise JobError(f"{place} can't be made: {error}; the checkpoint is in {part}") from error
     return TrainResult(
         checkpoint=str(destination),
         fingerprint=found,
@@ -224,6 +227,7 @@ def _conclude(
 
 def _forget(store: Store, name: str) -> None:
     """Remove what only a killed run would need."""
-    filesystem, target = store.filesystem(), store.uri("training", name)
-    if filesystem.exists(target):
-        filesystem.rm(target, recursive=True)
+    filesystem = store.filesystem()
+    for folder in (store.uri("training", name), store.uri(start_folder(name))):
+        if filesystem.exists(folder):
+            filesystem.rm(folder, recursive=True)

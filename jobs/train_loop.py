@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from encoders.checkpoint import (
     wrap_model,
 )
 from encoders.encoder import Encoder
-from encoders.fusion import FusionSpec
 from encoders.objectives import MSR_PRESETS, MimTowers, MsrTowers
 from encoders.train import StepMetrics, TrainBatch, Trainer, TrainSpec
 from jobs.batches import Batches
@@ -202,7 +201,7 @@ class _Run:
         score = found.score if found else (float(step), 0.0)
         if score > self.history.best_score:
             fusion = found.fusion if found else self.config.fusion
-            config = _with_fusion(self.config, fusion)
+            config = replace(self.config, fusion=fusion)
             self.history.fingerprint = save_checkpoint(self.model, config, self._kept.name)
             self.history.best_step, self.history.best_score = step, score
             self.best = Path(self._kept.name)
@@ -278,12 +277,3 @@ def _towers(
     if encoder.is_msr:
         return MsrTowers(model, encoder.preprocess, encoder.fusion.image_weight)
     return MimTowers(model, encoder.preprocess, config.preset)
-
-
-def _with_fusion(config: CheckpointConfig, fusion: FusionSpec) -> CheckpointConfig:
-    return CheckpointConfig(
-        model_config=config.model_config,
-        preprocess=config.preprocess,
-        fusion=fusion,
-        text_config=config.text_config,
-    )

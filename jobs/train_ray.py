@@ -39,10 +39,15 @@ class _WorkerTask:
     config: TrainConfig
     images: ImagesConfig
     store: Store
-    start: str
+    start: tuple[str, str]
     gpu: bool
     threads: int
     steps: Any
+
+
+def start_folder(name: str) -> str:
+    """Return the folder, below the store's root, of the checkpoint that a run begins with."""
+    return f"training/{name}-start"
 
 
 def fit(
@@ -60,7 +65,7 @@ def fit(
         section: How to train; its paths are absolute.
         store: Keeps what the workers report below `training/<name>`.
         name: The run's name.
-        start: Fingerprint of the checkpoint, in the store, to begin with.
+        start: Fingerprint of the checkpoint to begin with, in the run's `start_folder`.
         progress: Shows steps and loss.
 
     Returns:
@@ -77,7 +82,8 @@ def fit(
         raise ConfigError(f"train.workers is {workers}, this machine has {found}")
     threads = max(1, cpus // workers)
     steps = Queue(actor_options={"num_cpus": 0})
-    task = _WorkerTask(section, config.images, store, start, gpus > 0, threads, steps)
+    place = (start_folder(name), start)
+    task = _WorkerTask(section, config.images, store, place, gpus > 0, threads, steps)
     path, filesystem = _storage(store)
     trainer = TorchTrainer(
         _run_worker,
@@ -122,7 +128,7 @@ def _run_worker(loop_config: dict[str, Any]) -> None:
     task = TrainTask(
         config=given.config,
         images=given.images,
-        start=str(given.store.local_copy(cache, "checkpoints", given.start)),
+        start=str(given.store.local_copy(cache, *given.start)),
         rank=context.get_world_rank(),
         ranks=context.get_world_size(),
         device=str(ray.train.torch.get_device()) if given.gpu else "cpu",

@@ -128,13 +128,10 @@ class _Answers:
 
 
 def _find_answers(data: PairData, rows: Int64Array, product_ids: Int64Array) -> _Answers:
-    places = np.searchsorted(product_ids, data.product_ids)
-    by_words: dict[int, set[int]] = {}
-    for query, place in zip(data.query_ids.tolist(), places.tolist(), strict=True):
-        by_words.setdefault(query, set()).add(place)
     asked = data.query_ids[rows].tolist()
     return _Answers(
-        right=places[rows], by_words=[np.array(sorted(by_words[query])) for query in asked]
+        right=np.searchsorted(product_ids, data.product_ids[rows]),
+        by_words=[np.searchsorted(product_ids, data.answers[query]) for query in asked],
     )
 
 

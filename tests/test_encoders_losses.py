@@ -287,3 +287,29 @@ def test_temperatures_are_clamped():
     found = [scale.item() for scale in objective.log_scales.values()]
     assert found == pytest.approx([0, MAX_LOG_SCALE, 2, MAX_LOG_SCALE])
     assert math.exp(MAX_LOG_SCALE) == pytest.approx(100)
+
+
+def test_products_known_to_be_right_are_no_negatives():
+    units = (make_units(3, 0), make_units(3, 1), make_units(2, 2))
+    queries, keys, negatives = (torch.as_tensor(rows).float() for rows in units)
+    ids, negative_ids = torch.tensor([1, 2, 3]), torch.tensor([8, 9])
+    right = torch.tensor([[1, 2, 8], [2, -1, -1], [3, -1, -1]])
+    options = {"negatives": negatives, "negative_ids": negative_ids}
+    found = contrastive_loss(queries, keys, 5.0, ids, right_ids=right, **options)
+    score = (5 * queries @ keys.T).exp()
+    wrong = (5 * queries @ negatives.T).exp()
+    rows = [
+        [(score[0, j], score[0, 2] + wrong[0, 1]) for j in (0, 1)],
+        [(score[1, 1], score[1, 0] + score[1, 2] + wrong[1].sum())],
+        [(score[2, 2], score[2, 0] + score[2, 1] + wrong[2].sum())],
+    ]
+    columns = [
+        [(score[0, 0], score[1, 0] + score[2, 0])],
+        [(score[i, 1], score[2, 1]) for i in (0, 1)],
+        [(score[2, 2], score[0, 2] + score[1, 2])],
+    ]
+    each = [
+        torch.stack([-(s / (s + others)).log() for s, others in pairs]).mean()
+        for pairs in (*rows, *columns)
+    ]
+    torch.testing.assert_close(found, torch.stack(each).mean())

@@ -226,3 +226,45 @@ def test_searcher_refuses_a_manifest_with_other_weights(release):
         with pytest.raises(FingerprintError, match=r"edited|canary 'photo and text'"):
             Searcher(store, "tampered")
     assert MIN_COSINE > 0.9
+
+
+def test_rounding_to_bf16_keeps_the_contract_of_any_encoder(tmp_path):
+    """The bound follows what bf16 does to this encoder; a foreign one is still refused."""
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"layers": 6, "width": 64, "patch_size": 8, "image_size": 32},
+        "text_cfg": {
+            "context_length": 16,
+            "vocab_size": 49408,
+            "width": 32,
+            "heads": 2,
+            "layers": 6,
+        },
+    }
+    (tmp_path / "deep.json").write_text(json.dumps(config))
+    spaces = {}
+    for seed in (0, 1):
+        spec = EncoderSpec(architecture=str(tmp_path / "deep.json"), pretrained="random", seed=seed)
+        fingerprint = create_checkpoint(spec, tmp_path / str(seed))
+        found = read_checkpoint_config(tmp_path / str(seed))
+        spaces[seed] = resolve_space(
+            EmbedConfig(),
+            encoder=fingerprint,
+            dim=found.dim,
+            preprocess=found.preprocess,
+            fusion=found.fusion,
+        )
+    contract = make_contract(tmp_path / "0", spaces[0])
+    assert all(canary["min_cosine"] <= MIN_COSINE for canary in contract["canaries"])
+    for seed, precision in ((0, "fp32"), (0, "bf16"), (1, "fp32")):
+        path = QueryEncoder(
+            encoder=load_encoder(tmp_path / str(seed), device="cpu", precision=precision),
+            tokenizer=load_tokenizers(tmp_path / str(seed)).query,
+            images=ImagesConfig(),
+            image_weight=0.5,
+        )
+        if seed == 0:
+            check_contract(contract, path.encode)
+        else:
+            with pytest.raises(FingerprintError, match="canary"):
+                check_contract(contract, path.encode)

@@ -2,6 +2,7 @@ import csv
 import gzip
 import io
 import json
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -320,3 +321,28 @@ def test_command_prints_mapping_and_json(call_vitrine, failed_line, tmp_path):
     assert done.stderr == ""
     done = call_vitrine("import-csv", tmp_path / "a.csv", tmp_path / "two", "--quiet")
     assert "not empty" in failed_line(done)
+
+
+def test_interleaved_rows_of_products_are_rejected_and_lose_no_picture(tmp_path):
+    lines = ["id,title,image", "A,Tee,a1.jpg", "B,Mug,b1.jpg", "A,Tee,a2.jpg", "B,Mug,b2.jpg"]
+    path = tmp_path / "products.csv"
+    path.write_text("\n".join([*lines, "C,Hat,c1.jpg", "C,Hat,c2.jpg"]) + "\n")
+    summary = import_csv(path, tmp_path / "catalog", ImportOptions())
+    assert (summary.rows, summary.products, summary.merged, summary.rejected) == (6, 3, 1, 2)
+    rows = pq.read_table(tmp_path / "catalog" / "catalog.parquet").to_pylist()
+    found = {row["product_id"]: [Path(uri).name for uri in row["image_uri"]] for row in rows}
+    assert found == {"A": ["a1.jpg"], "B": ["b1.jpg"], "C": ["c1.jpg", "c2.jpg"]}
+    rejects = pq.read_table(tmp_path / "catalog" / "rejects.parquet").to_pylist()
+    assert [(row["line"], row["reason"]) for row in rejects] == [
+        (4, "duplicate_id"),
+        (5, "duplicate_id"),
+    ]
+
+
+def test_relative_image_root_is_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("products.csv").write_text("id,title,image\nA,Tee,a1.jpg\nB,Mug,b1.jpg\n")
+    options = ImportOptions(image_root="pics")
+    import_csv(Path("products.csv"), Path("catalog"), options)
+    uris = pq.read_table("catalog/catalog.parquet")["image_uri"].to_pylist()
+    assert uris == [str(tmp_path / "pics" / name) for name in ("a1.jpg", "b1.jpg")]

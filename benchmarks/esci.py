@@ -31,7 +31,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import bm25s  # type: ignore[import-untyped]
+import bm25s
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -40,14 +40,13 @@ import torch
 from towers import REPOSITORY, SHARED, minilm_folder
 
 from encoders.checkpoint import (
-    create_checkpoint,
     load_encoder,
     load_tokenizers,
     read_checkpoint_config,
 )
+from encoders.create import create_checkpoint, create_start
 from encoders.fusion import FusionSpec, fuse_products
 from encoders.spec import EncoderSpec
-from encoders.start import create_start
 from indexing.metrics import bootstrap_interval, ndcgs_at_k, recalls_at_k
 from jobs.config import TrainConfig
 from jobs.images import ImagesConfig

@@ -33,9 +33,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from encoders.checkpoint import load_encoder, load_tokenizers, read_checkpoint_config
+from encoders.create import create_start
 from encoders.fusion import fuse, fuse_products
 from encoders.spec import EncoderSpec
-from encoders.start import create_start
 from jobs.config import TrainConfig
 from jobs.images import ImagesConfig
 from jobs.pair_data import PairData

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from safetensors.torch import save_file
 
@@ -22,8 +21,6 @@ from encoders.fusion import FusionSpec
 from encoders.msr import MsrModel
 from encoders.preprocess import TokenizeTexts, join_tokenizers, load_tokenizer
 from encoders.spec import (
-    RANDOM,
-    EncoderSpec,
     ModelConfig,
     PreprocessSpec,
     check_file,
@@ -32,17 +29,12 @@ from encoders.spec import (
     image_size_px,
     read_json,
 )
-from encoders.towers import build_model, build_text_tower, read_model_config
+from encoders.towers import build_model, build_text_tower
 from encoders.weights import (
     HF_FILES,
-    build_loaded,
-    download_tag,
     hf_folder,
     load_exactly,
-    load_image_weights,
-    load_text_weights,
     read_tensors,
-    read_weights_file,
 )
 
 CONFIG_FILE = "encoder.json"
@@ -88,46 +80,6 @@ class Tokenizers:
 
     product: TokenizeTexts
     query: TokenizeTexts
-
-
-def create_checkpoint(spec: EncoderSpec, directory: str | Path) -> str:
-    """Write the encoder that a spec describes as a checkpoint directory.
-
-    A pretrained tag brings its own mean, std, interpolation, resize mode and activation; for
-    a weights file they are those of the config's `preprocess_cfg`, else open_clip's defaults.
-
-    Args:
-        spec: Where the weights come from.
-        directory: Where to write; made if missing.
-
-    Returns:
-        The fingerprint.
-
-    Raises:
-        ValueError: The architecture, tag, file or checkpoint is unknown or unreadable, or
-            the weights don't fit the architecture.
-    """
-    if spec.checkpoint is not None:
-        return _copy_checkpoint(Path(spec.checkpoint), Path(directory))
-    config, overrides = read_model_config(spec.architecture)
-    pretrained = str(spec.pretrained)
-    name = spec.architecture.replace("/", "-")
-    tag = open_clip.get_pretrained_cfg(name, pretrained)
-    if pretrained == RANDOM:
-        model = build_model(config, seed=spec.seed)
-    elif tag:
-        # Builds with the tag's activation: with the other GELU the same weights score worse.
-        config["quick_gelu"] = bool(tag.get("quick_gelu", False))
-        overrides = tag
-        model = build_loaded(config, download_tag(name, pretrained), f"tag {pretrained}")
-    else:
-        model = build_loaded(config, read_weights_file(Path(pretrained), name), pretrained)
-    if spec.image_weights is not None:
-        load_image_weights(model, Path(spec.image_weights))
-    if spec.text_weights is not None:
-        load_text_weights(model, Path(spec.text_weights))
-    found = CheckpointConfig(model_config=config, preprocess=_build_preprocess(config, overrides))
-    return save_checkpoint(model, found, directory)
 
 
 def save_checkpoint(model: torch.nn.Module, config: CheckpointConfig, directory: str | Path) -> str:
@@ -196,6 +148,31 @@ def fingerprint(directory: str | Path) -> str:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def copy_checkpoint(source: Path, directory: Path) -> str:
+    """Check a checkpoint and copy it, encoder.json last; return its fingerprint.
+
+    Args:
+        source: The checkpoint.
+        directory: Where to write; made if missing.
+
+    Raises:
+        ValueError: As `load_model`.
+    """
+    load_model(source)
+    if source.resolve() == directory.resolve():
+        return fingerprint(source)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / CONFIG_FILE).unlink(missing_ok=True)
+    for stale in directory.glob("*-tower"):
+        shutil.rmtree(stale)
+    *first, last = checkpoint_files(source)
+    for name in first:
+        (directory / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, directory / name)
+    _write_last(directory / last, (source / last).read_bytes())
+    return fingerprint(directory)
 
 
 def load_encoder(
@@ -381,52 +358,8 @@ def _to_json(value: Any) -> str:  # noqa: ANN401 - whatever a config holds
         raise ValueError(f"the model config is not JSON: {error}") from error
 
 
-def _copy_checkpoint(source: Path, directory: Path) -> str:
-    """Check a checkpoint and copy it, encoder.json last; return its fingerprint."""
-    load_model(source)
-    if source.resolve() == directory.resolve():
-        return fingerprint(source)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / CONFIG_FILE).unlink(missing_ok=True)
-    for stale in directory.glob("*-tower"):
-        shutil.rmtree(stale)
-    *first, last = checkpoint_files(source)
-    for name in first:
-        (directory / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / name, directory / name)
-    _write_last(directory / last, (source / last).read_bytes())
-    return fingerprint(directory)
-
-
 def _write_last(path: Path, content: bytes) -> None:
     """Write a file so that it appears under its name only when it is whole."""
     part = path.with_suffix(".part")
     part.write_bytes(content)
     os.replace(part, path)
-
-
-def _build_preprocess(config: ModelConfig, overrides: dict[str, Any]) -> PreprocessSpec:
-    """Put what a tag or a config says over open_clip's defaults; random means bicubic."""
-    defaults = {
-        "mean": open_clip.OPENAI_DATASET_MEAN,
-        "std": open_clip.OPENAI_DATASET_STD,
-        "interpolation": "bicubic",
-        "resize_mode": "shortest",
-        "fill_color": 0,
-    }
-    values = defaults | {k: v for k, v in overrides.items() if k in defaults and v is not None}
-    interpolation = str(values["interpolation"])
-    return PreprocessSpec(
-        size_px=image_size_px(config),
-        resize_mode=str(values["resize_mode"]),
-        interpolation="bicubic" if interpolation == "random" else interpolation,
-        mean=_three(values["mean"]),
-        std=_three(values["std"]),
-        fill_color=int(values["fill_color"]),
-    )
-
-
-def _three(value: Any) -> tuple[float, float, float]:  # noqa: ANN401 - whatever JSON holds
-    channels = [value] * 3 if isinstance(value, int | float) else list(value)
-    red, green, blue = (float(channel) for channel in channels)
-    return red, green, blue

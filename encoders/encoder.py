@@ -112,16 +112,6 @@ class OpenClipEncoder:
         self._model: Any = self._runtime.place(model)
         self._texts = [_TokenRange(length_tokens, getattr(model, "vocab_size", None))]
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self._runtime.device
-
-    @property
-    def precision(self) -> str:
-        """The arithmetic: "fp32" or "bf16"."""
-        return self._runtime.precision
-
     def encode_images(self, pixels: UInt8Array) -> Float32Array:
         """Encode pixels made by `preprocess_image`.
 

@@ -242,6 +242,9 @@ class MsrTowers(nn.Module):
 
 
 class _Normalize(nn.Module):
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, preprocess: PreprocessSpec) -> None:
         super().__init__()
         mean, std = channel_statistics(preprocess, torch.device("cpu"))
@@ -249,7 +252,7 @@ class _Normalize(nn.Module):
         self.register_buffer("std", std, persistent=False)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return normalize_pixels(pixels, self.mean, self.std)  # type: ignore[arg-type]
+        return normalize_pixels(pixels, self.mean, self.std)
 
 
 def text_parameters(model: nn.Module) -> list[nn.Parameter]:

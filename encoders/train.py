@@ -245,7 +245,7 @@ class Trainer:
         if len(parts) == 1:
             features = self._encode(parts[0])
             loss, terms = self._loss(features, labels)
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
         else:
             loss, terms = self._backward_in_parts(parts, labels)
         return loss.item(), {name: term.item() for name, term in terms.items()}
@@ -266,7 +266,7 @@ class Trainer:
             for role in first[0]
         }
         loss, terms = self._loss(joined, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         ends = {role: 0 for role in joined}
         for number, (part, seed) in enumerate(zip(parts, seeds, strict=True)):
             with self._quiet(last=number == len(parts) - 1):
@@ -308,7 +308,8 @@ class Trainer:
         if not self._grouped:
             return rows
         if rows.requires_grad:
-            return torch.cat(all_gather(rows.contiguous()))  # type: ignore[no-untyped-call]
+            gather: Any = all_gather  # torch gives it no types
+            return torch.cat(gather(rows.contiguous()))
         parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, rows.contiguous())
         return torch.cat(parts)

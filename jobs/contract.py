@@ -127,10 +127,22 @@ def make_contract(directory: Path, space: VectorSpace) -> dict[str, Any]:
         ValueError: The checkpoint can't be loaded.
         JobError: The encoder gives a canary no direction.
     """
+    from encoders.checkpoint import load_model, load_tokenizers, wrap_model
+
     inputs = _canary_inputs()
     pictures, texts = [i for _, i, _ in inputs], [t for _, _, t in inputs]
-    vectors = _load_path(directory, space, "fp32").encode(pictures, texts)
-    rounded = _load_path(directory, space, "bf16").encode(pictures, texts)
+    model, config = load_model(directory)
+    vectors, rounded = (
+        QueryEncoder(
+            encoder=wrap_model(
+                model, config, fingerprint=space.encoder, device="cpu", precision=precision
+            ),
+            tokenizer=load_tokenizers(config).query,
+            images=ImagesConfig(),
+            image_weight=space.fusion.query_image_weight,
+        ).encode(pictures, texts)
+        for precision in ("fp32", "bf16")
+    )
     cosines = (vectors * rounded).sum(axis=1) / np.linalg.norm(rounded, axis=1)
     canaries = [
         {
@@ -144,19 +156,6 @@ def make_contract(directory: Path, space: VectorSpace) -> dict[str, Any]:
     ]
     contract = describe_space(space) | {"canaries": canaries}
     return contract | {"sha256": _digest(contract)}
-
-
-def _load_path(directory: Path, space: VectorSpace, precision: str) -> QueryEncoder:
-    from encoders.checkpoint import load_encoder, load_tokenizers
-
-    return QueryEncoder(
-        encoder=load_encoder(
-            directory, device="cpu", precision=precision, expected_fingerprint=space.encoder
-        ),
-        tokenizer=load_tokenizers(directory).query,
-        images=ImagesConfig(),
-        image_weight=space.fusion.query_image_weight,
-    )
 
 
 def _canary_inputs() -> list[tuple[str, bytes | None, str | None]]:

@@ -6,7 +6,8 @@ from typing import Any
 import fsspec
 import pyarrow.parquet as pq
 
-from encoders.checkpoint import create_checkpoint, read_checkpoint_config
+from encoders.checkpoint import read_checkpoint_config
+from encoders.create import create_checkpoint
 from encoders.fusion import FusionSpec
 from encoders.spec import EncoderSpec
 from jobs.catalog import IMAGE_COLUMNS, Catalog, read_catalog

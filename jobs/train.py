@@ -17,11 +17,11 @@ import fsspec
 import ray.train
 from botocore.exceptions import BotoCoreError
 
-from encoders.checkpoint import create_checkpoint, read_checkpoint_config
+from encoders.checkpoint import read_checkpoint_config
+from encoders.create import create_checkpoint, create_start
 from encoders.fusion import FusionSpec
 from encoders.objectives import MSR_PRESETS
 from encoders.spec import EncoderSpec
-from encoders.start import create_start
 from jobs.batches import check_batch_size
 from jobs.cluster import ray_session
 from jobs.config import JobConfig, TrainConfig

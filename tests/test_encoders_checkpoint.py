@@ -14,9 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from encoders.checkpoint import (
     CheckpointConfig,
-    _build_preprocess,
     build_checkpoint_model,
-    create_checkpoint,
     fingerprint,
     load_encoder,
     load_model,
@@ -24,6 +22,7 @@ from encoders.checkpoint import (
     read_checkpoint_config,
     save_checkpoint,
 )
+from encoders.create import _build_preprocess, create_checkpoint
 from encoders.fusion import FusionSpec
 from encoders.spec import EncoderSpec, PreprocessSpec
 from encoders.towers import build_model

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from encoders.checkpoint import (
-    create_checkpoint,
     load_encoder,
     load_tokenizers,
     read_checkpoint_config,
 )
+from encoders.create import create_checkpoint
 from encoders.spec import EncoderSpec
 from jobs.cluster import ray_session
 from jobs.config import EmbedConfig, JobConfig, RayConfig

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from encoders.checkpoint import create_checkpoint, load_encoder
+from encoders.checkpoint import load_encoder
+from encoders.create import create_checkpoint
 from encoders.fusion import FusionSpec
 from encoders.preprocess import preprocess_image
 from encoders.spec import EncoderSpec, PreprocessSpec

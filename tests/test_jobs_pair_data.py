@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from encoders.checkpoint import create_checkpoint, load_tokenizers, read_checkpoint_config
+from encoders.checkpoint import load_tokenizers, read_checkpoint_config
+from encoders.create import create_checkpoint, create_start
 from encoders.fusion import FusionSpec
 from encoders.spec import EncoderSpec
-from encoders.start import create_start
 from jobs.batches import Batches
 from jobs.config import TrainConfig
 from jobs.errors import CatalogError, JobError

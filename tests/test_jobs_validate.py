@@ -17,9 +17,9 @@ from encoders.checkpoint import (
     read_checkpoint_config,
     wrap_model,
 )
+from encoders.create import create_start
 from encoders.fusion import FusionSpec
 from encoders.spec import EncoderSpec
-from encoders.start import create_start
 from jobs.errors import JobError
 from jobs.images import ImagesConfig
 from jobs.mining import MINE_FROM, mine_negatives

@@ -8,10 +8,10 @@ import pytest
 from encoders.checkpoint import (
     CheckpointConfig,
     build_checkpoint_model,
-    create_checkpoint,
     read_checkpoint_config,
     save_checkpoint,
 )
+from encoders.create import create_checkpoint
 from encoders.fusion import FusionSpec, fuse
 from encoders.spec import EncoderSpec
 from jobs.cluster import ray_session

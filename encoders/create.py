@@ -1,24 +1,73 @@
-"""Makes the checkpoint that a training run starts from, of the preset's own kind."""
+"""Makes checkpoints: of what a spec names, and of what a preset's training starts from."""
 
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
 from open_clip.model import convert_to_custom_text_state_dict
 
 from encoders.checkpoint import (
     CheckpointConfig,
     build_checkpoint_model,
-    create_checkpoint,
+    copy_checkpoint,
     load_model,
     save_checkpoint,
 )
 from encoders.fusion import FusionSpec
 from encoders.objectives import MSR_PRESETS
-from encoders.spec import EncoderSpec, ModelConfig
-from encoders.weights import load_exactly
+from encoders.spec import RANDOM, EncoderSpec, ModelConfig, PreprocessSpec, image_size_px
+from encoders.towers import build_model, read_model_config
+from encoders.weights import (
+    build_loaded,
+    download_tag,
+    load_exactly,
+    load_image_weights,
+    load_text_weights,
+    read_weights_file,
+)
+
+
+def create_checkpoint(spec: EncoderSpec, directory: str | Path) -> str:
+    """Write the encoder that a spec describes as a checkpoint directory.
+
+    A pretrained tag brings its own mean, std, interpolation, resize mode and activation; for
+    a weights file they are those of the config's `preprocess_cfg`, else open_clip's defaults.
+
+    Args:
+        spec: Where the weights come from.
+        directory: Where to write; made if missing.
+
+    Returns:
+        The fingerprint.
+
+    Raises:
+        ValueError: The architecture, tag, file or checkpoint is unknown or unreadable, or
+            the weights don't fit the architecture.
+    """
+    if spec.checkpoint is not None:
+        return copy_checkpoint(Path(spec.checkpoint), Path(directory))
+    config, overrides = read_model_config(spec.architecture)
+    pretrained = str(spec.pretrained)
+    name = spec.architecture.replace("/", "-")
+    tag = open_clip.get_pretrained_cfg(name, pretrained)
+    if pretrained == RANDOM:
+        model = build_model(config, seed=spec.seed)
+    elif tag:
+        # Builds with the tag's activation: with the other GELU the same weights score worse.
+        config["quick_gelu"] = bool(tag.get("quick_gelu", False))
+        overrides = tag
+        model = build_loaded(config, download_tag(name, pretrained), f"tag {pretrained}")
+    else:
+        model = build_loaded(config, read_weights_file(Path(pretrained), name), pretrained)
+    if spec.image_weights is not None:
+        load_image_weights(model, Path(spec.image_weights))
+    if spec.text_weights is not None:
+        load_text_weights(model, Path(spec.text_weights))
+    found = CheckpointConfig(model_config=config, preprocess=_build_preprocess(config, overrides))
+    return save_checkpoint(model, found, directory)
 
 
 def create_start(
@@ -103,3 +152,30 @@ def _read_text_tower(
     state = convert_to_custom_text_state_dict(model.state_dict())
     text = {k.removeprefix("text."): v for k, v in state.items() if k.startswith("text.")}
     return config.model_config["text_cfg"], text
+
+
+def _build_preprocess(config: ModelConfig, overrides: dict[str, Any]) -> PreprocessSpec:
+    """Put what a tag or a config says over open_clip's defaults; random means bicubic."""
+    defaults = {
+        "mean": open_clip.OPENAI_DATASET_MEAN,
+        "std": open_clip.OPENAI_DATASET_STD,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+        "fill_color": 0,
+    }
+    values = defaults | {k: v for k, v in overrides.items() if k in defaults and v is not None}
+    interpolation = str(values["interpolation"])
+    return PreprocessSpec(
+        size_px=image_size_px(config),
+        resize_mode=str(values["resize_mode"]),
+        interpolation="bicubic" if interpolation == "random" else interpolation,
+        mean=_three(values["mean"]),
+        std=_three(values["std"]),
+        fill_color=int(values["fill_color"]),
+    )
+
+
+def _three(value: Any) -> tuple[float, float, float]:  # noqa: ANN401 - whatever JSON holds
+    channels = [value] * 3 if isinstance(value, int | float) else list(value)
+    red, green, blue = (float(channel) for channel in channels)
+    return red, green, blue

@@ -45,7 +45,7 @@ from encoders.checkpoint import (
     read_checkpoint_config,
 )
 from encoders.create import create_checkpoint, create_start
-from encoders.fusion import FusionSpec, fuse_products
+from encoders.fusion import FusionSpec, fuse_stored
 from encoders.spec import EncoderSpec
 from indexing.metrics import bootstrap_interval, ndcgs_at_k, recalls_at_k
 from jobs.config import TrainConfig
@@ -197,10 +197,7 @@ def rank_by_vectors(checkpoint: Path, queries: list[str]) -> list[list[str]]:
     tokenizers = load_tokenizers(checkpoint)
     data = PairData(str(path), "test", "msr3", read_checkpoint_config(checkpoint), ImagesConfig())
     stored = encode_products(encoder, tokenizers, data, np.arange(len(data)))
-    database = stored.get("multimodal")
-    if database is None:
-        fusion = encoder.fusion
-        database = fuse_products(fusion, stored["image"], stored["text"], fusion.image_weight)
+    database = fuse_stored(encoder.fusion, stored)
     asked = encoder.encode_queries(None, tokenizers.query(queries), image_weight=0.0)
     best = np.argsort(-(asked @ database.T), axis=1, kind="stable")[:, :RETRIEVED]
     return [[data.names[place] for place in row] for row in best]

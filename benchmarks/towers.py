@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -41,7 +40,7 @@ from jobs.images import ImagesConfig
 from jobs.pair_data import PairData
 from jobs.sample import write_sample
 from jobs.train_loop import BEST_FOLDER, TrainTask, train_loop
-from jobs.validate import encode_products, encode_queries, validate
+from jobs.validate import encode_products, encode_queries, rank_right, validate
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
@@ -246,19 +245,6 @@ def measure_checkpoint(checkpoint: Path, data: dict[str, Any]) -> dict[str, Any]
             own = np.concatenate(ranks)[mask]
             figures[name][kind] = {f"recall_at_{k}": float((own <= k).mean()) for k in (1, 5, 10)}
     return figures
-
-
-def rank_right(
-    queries: npt.NDArray[np.float32],
-    database: npt.NDArray[np.float32],
-    right: npt.NDArray[np.int64],
-) -> npt.NDArray[np.int64]:
-    """Return the rank of each query's product, from 1; equal scores count against it."""
-    scores = np.nan_to_num(queries @ database.T, nan=-2.0)
-    ranks: npt.NDArray[np.int64] = (scores >= scores[np.arange(len(queries)), right][:, None]).sum(
-        axis=1
-    )
-    return ranks
 
 
 def measure_again(dataset: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from encoders.fusion import FusionSpec, fuse, fuse_products
+from encoders.fusion import FusionSpec, fuse, fuse_stored
 from encoders.msr import MsrModel
 from encoders.spec import Float32Array, Int64Array, PreprocessSpec, UInt8Array
 from encoders.towers import channel_statistics, normalize_pixels, pick_device
@@ -267,11 +267,7 @@ class MsrEncoder:
 
     def _encode_photos(self, pixels: UInt8Array) -> Float32Array:
         there = np.ones(len(pixels), bool)
-        found = self.encode_products(pixels, None, there, ~there)
-        if self.fusion.kind == "mlp":
-            return found["multimodal"]
-        weight = self.fusion.image_weight
-        return fuse_products(self.fusion, found["image"], found["text"], weight)
+        return fuse_stored(self.fusion, self.encode_products(pixels, None, there, ~there))
 
 
 @dataclass(frozen=True)

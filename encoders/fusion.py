@@ -120,6 +120,21 @@ def fuse_products(
     raise ValueError("an mlp fusion is computed by its encoder, not from stored vectors")
 
 
+def fuse_stored(spec: FusionSpec, stored: dict[str, Float32Array]) -> Float32Array:
+    """Return the `multimodal` vectors of products: as stored, or fused by the spec's own weight.
+
+    Args:
+        spec: The fusion, with the weight in force.
+        stored: What `Encoder.encode_products` gave.
+
+    Returns:
+        (B, spec.field_dim("multimodal", D)) float32 unit rows; NaN where a product has none.
+    """
+    if "multimodal" in stored:
+        return stored["multimodal"]
+    return fuse_products(spec, stored["image"], stored["text"], spec.image_weight)
+
+
 def check_weight(name: str, weight: float) -> None:
     """Raise ValueError where a weight is outside [0, 1]."""
     if not 0.0 <= weight <= 1.0:

@@ -1,6 +1,6 @@
 """Runs labelled queries one at a time, as serving does, and times each step.
 
-For a Ray task: `jobs.search` loads torch and FAISS. Letters: Q queries, D dimension.
+Letters: Q queries, D dimension.
 """
 
 import time
@@ -17,6 +17,7 @@ from jobs.fetch import fetch_images
 from jobs.images import ImageRejected, ImagesConfig
 from jobs.queries import Query
 from jobs.scores import RANKS
+from jobs.search import Result, Searcher, result_rows
 
 IMAGE, TEXT, BOTH = KINDS = ("image", "text", "image + text")
 FETCH_ROWS = 64
@@ -71,7 +72,7 @@ class Encoded:
 
 
 def encode_queries(
-    searcher: Any,  # noqa: ANN401 - jobs.search loads torch and FAISS: only tasks import it
+    searcher: Searcher,
     queries: Sequence[Query],
     root: str,
     images: ImagesConfig,
@@ -99,14 +100,16 @@ def encode_queries(
 
 
 def _encode_query(
-    searcher: Any,  # noqa: ANN401
+    searcher: Searcher,
     query: Query,
     photo: bytes | ImageRejected,
     encoded: Encoded,
 ) -> None:
-    if query.image and isinstance(photo, ImageRejected):
-        raise JobError(f"the query image can't be used: {photo}")
-    image = photo if query.image else None
+    image = None
+    if query.image:
+        if isinstance(photo, ImageRejected):
+            raise JobError(f"the query image can't be used: {photo}")
+        image = photo
     inputs = {IMAGE: (image, None), TEXT: (None, query.text), BOTH: (image, query.text)}
     if image is None or query.text is None:
         inputs.pop(BOTH)
@@ -143,7 +146,7 @@ class Ranked:
 
 
 def search_queries(
-    searcher: Any,  # noqa: ANN401
+    searcher: Searcher,
     encoded: Encoded,
     sheet_kind: str,
 ) -> tuple[dict[str, Asked], dict[str, dict[str, Any]], list[Ranked]]:
@@ -182,16 +185,15 @@ def search_queries(
 
 
 def _timed_search(
-    searcher: Any,  # noqa: ANN401
+    searcher: Searcher,
     query: Float32Array,
     name: str,
     times_s: dict[str, dict[str, list[float]]],
-) -> Any:  # noqa: ANN401 - a list of jobs.search.Result
+) -> list[Result]:
     alone = times_s["index"].setdefault(name, [])
     if len(alone) < LATENCY_QUERIES:
         index = searcher.indexes[name]
-        images_a_product = round(len(searcher.ids.vector_id) / searcher.manifest["products"])
-        depth = min(index.ntotal, 4 * RANKS * max(1, images_a_product))  # as search_vectors does
+        depth = searcher.depth(RANKS, name)
         if not alone:
             search_index(index, query, depth)
         started = time.perf_counter()
@@ -209,9 +211,7 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     return {"p50": p50, "p99": p99, "queries": len(seconds)}
 
 
-def _rank(query: Query, kind: str, results: Any) -> Ranked:  # noqa: ANN401
-    from jobs.search import result_rows
-
+def _rank(query: Query, kind: str, results: list[Result]) -> Ranked:
     relevant = query.relevant
     rank = next((n for n, one in enumerate(results, 1) if one.product_id in relevant), None)
     right = relevant[0] if rank is None else results[rank - 1].product_id

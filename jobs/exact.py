@@ -16,7 +16,7 @@ from jobs.diff import locate, read_state
 from jobs.ids import Ids
 from jobs.space import VectorField
 from jobs.store import Release, Store, scratch_folder
-from jobs.vectors import LiveRows, exact_search
+from jobs.vectors import LiveRows, exact_search, mark_first
 
 MAX_DEPTH = 2048  # neighbours a query: bounds memory where a product has hundreds of images
 
@@ -48,14 +48,11 @@ def _live_rows(
     places, _ = locate(state["vector_id"], ids.vector_id)
     encoded = ids.table["product_id"].combine_chunks().dictionary_encode()
     product = encoded.indices.to_numpy().astype(np.int64)
-    order = np.lexsort((ids.table["image_number"].to_numpy(), product))
-    first = np.zeros(len(product), bool)
-    first[order] = np.append(True, product[order][1:] != product[order][:-1])[: len(product)]
     return LiveRows(
         vector_id=np.array(ids.vector_id),
         generation=state["generation"][places],
         product=product,
-        first=first,
+        first=mark_first(product, ids.table["image_number"].to_numpy()),
         files=tuple(files[number] for number in np.unique(state["file"][places])),
         rejected=release.rejected,
     )

@@ -40,6 +40,7 @@ from jobs.vectors import (
     concatenate,
     exact_search,
     gather_vectors,
+    mark_first,
     read_vectors,
 )
 
@@ -91,15 +92,11 @@ def live_rows(
         live = known & upsert & (state["content_hash"][place] == plan["content_hash"])
         place = place[live]
     rows = plan[live]
-    order = np.lexsort((rows["image_number"], rows["product"]))
-    products = rows["product"][order]
-    first = np.zeros(len(rows), bool)
-    first[order] = np.append(True, products[1:] != products[:-1])[: len(rows)]
     return LiveRows(
         vector_id=rows["vector_id"].copy(),
         generation=state["generation"][place].copy(),
         product=rows["product"].copy(),
-        first=first,
+        first=mark_first(rows["product"], rows["image_number"]),
         files=tuple(files[n] for n in np.unique(state["file"][place])),
         rejected=int(len(plan) - live.sum()),
     )

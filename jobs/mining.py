@@ -7,7 +7,7 @@ import numpy as np
 
 from encoders.checkpoint import Tokenizers
 from encoders.encoder import Encoder
-from encoders.fusion import fuse_products
+from encoders.fusion import fuse_stored
 from jobs.pair_data import Int64Array, PairData
 from jobs.validate import Float32Array, encode_products
 
@@ -41,10 +41,7 @@ def mine_negatives(
     """
     products = data.products()
     stored = encode_products(encoder, tokenizers, data, products.rows)
-    database = stored.get("multimodal")
-    if database is None:
-        weight = encoder.fusion.image_weight
-        database = fuse_products(encoder.fusion, stored["image"], stored["text"], weight)
+    database = fuse_stored(encoder.fusion, stored)
     found = np.empty((len(data), wanted), np.int64)
     block = max(1, min(ENCODE_ROWS, SCORES // len(database)))
     for start in range(0, len(data), block):

@@ -209,14 +209,17 @@ class Searcher:
             raise JobError(f"the release has no field {name!r}; it has {', '.join(self.fields)}")
         if k < 1:
             raise JobError(f"k is {k}, expected at least 1")
-        index = self.indexes[name]
-        # Several images a product share one place in the answer: look further than k.
-        images_a_product = max(
-            1, round(len(self.ids.vector_id) / max(1, self.manifest["products"]))
-        )
-        depth = min(index.ntotal, 4 * k * images_a_product)
-        scores, ids = search_index(index, queries, depth)
+        scores, ids = search_index(self.indexes[name], queries, self.depth(k, name))
         return [self._products(s, i, k) for s, i in zip(scores, ids, strict=True)]
+
+    def depth(self, k: int, field: str) -> int:
+        """Return how many vectors of a field are looked at for k products.
+
+        Several images a product share one place in the answer, so that it is more than k.
+        """
+        images_a_product = round(len(self.ids.vector_id) / max(1, self.manifest["products"]))
+        depth: int = min(self.indexes[field].ntotal, 4 * k * max(1, images_a_product))
+        return depth
 
     def _products(self, scores: Float32Array, ids: npt.NDArray[np.int64], k: int) -> list[Result]:
         scores, ids = scores[ids >= 0], ids[ids >= 0]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from encoders.checkpoint import Tokenizers
 from encoders.encoder import Encoder
-from encoders.fusion import FusionSpec, fuse, fuse_products
+from encoders.fusion import FusionSpec, fuse, fuse_products, fuse_stored
 from jobs.errors import JobError
 from jobs.pair_data import PairData
 
@@ -159,18 +159,29 @@ def measure(
     for start in range(0, len(there), RANK_ROWS):
         part = there[start : start + RANK_ROWS]
         others = [] if also_right is None else [also_right[row] for row in part]
-        blocks.append(_ranks(queries[part], database, right[part], others))
+        blocks.append(rank_right(queries[part], database, right[part], others))
     ranks = np.concatenate(blocks)
     found = {f"recall_at_{k}": float((ranks <= k).mean()) for k in RECALL_KS}
     return found | {"mrr": float((1 / ranks).mean())}
 
 
-def _ranks(
+def rank_right(
     queries: Float32Array,
     database: Float32Array,
     right: Int64Array,
-    also_right: Sequence[Int64Array],
+    also_right: Sequence[Int64Array] = (),
 ) -> Float32Array:
+    """Return the rank of each query's right row, from 1; equal scores count against it.
+
+    Args:
+        queries: (Q, D) float32 unit rows.
+        database: (P, D) float32 unit rows; a NaN row is last.
+        right: (Q,) int64, the row of `database` that is right.
+        also_right: Q times: further right rows, which count for nothing.
+
+    Returns:
+        (Q,) float32.
+    """
     scores = np.nan_to_num(queries @ database.T, nan=-2.0)
     rows = np.arange(len(queries))
     ahead = scores >= scores[rows, right][:, None] - SAME_SCORE
@@ -223,10 +234,7 @@ def encode_queries(
 def _databases(fusion: FusionSpec, stored: dict[str, Float32Array]) -> dict[str, Float32Array]:
     """Return the vectors of every field that the encoder has."""
     found = {name: stored[name] for name in fusion.fields if name in stored}
-    if "multimodal" not in found:
-        found["multimodal"] = fuse_products(
-            fusion, stored["image"], stored["text"], fusion.image_weight
-        )
+    found["multimodal"] = fuse_stored(fusion, stored)
     return {name: rows for name, rows in found.items() if not np.isnan(rows).all()}
 
 

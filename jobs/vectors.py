@@ -25,6 +25,7 @@ from jobs.store import Store
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,22 @@ class LiveRows:
         keys ^= keys >> np.uint64(31)
         rows = min(rows, len(keys))
         return np.sort(self.vector_id[np.argsort(keys, kind="stable")[:rows]])
+
+
+def mark_first(product: Int64Array, image_number: npt.NDArray[np.integer[Any]]) -> BoolArray:
+    """Mark each product's first image among some rows.
+
+    Args:
+        product: (N,) int64, one number a product.
+        image_number: (N,) integers.
+
+    Returns:
+        (N,) bool.
+    """
+    order = np.lexsort((image_number, product))
+    first = np.zeros(len(product), bool)
+    first[order] = np.append(True, product[order][1:] != product[order][:-1])[: len(product)]
+    return first
 
 
 def read_vectors(

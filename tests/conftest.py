@@ -1,5 +1,6 @@
 """Shared by the tests: a rendered catalog, and `vitrine` in a fresh process or in this one."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,26 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SAMPLE_PRODUCTS = 40
+
+
+# The smallest CLIP towers; without batch statistics, so that two workers compute what one does.
+TINY_TOWERS = {
+    "embed_dim": 32,
+    "vision_cfg": {
+        "layers": 1, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 32,
+    },
+    "text_cfg": {
+        "context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_towers(tmp_path_factory):
+    """The path of an architecture of tiny towers."""
+    path = tmp_path_factory.mktemp("architecture") / "tiny.json"
+    path.write_text(json.dumps(TINY_TOWERS))
+    return path
 
 
 @pytest.fixture(scope="session")

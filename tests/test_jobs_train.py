@@ -26,16 +26,6 @@ from jobs.train import make_start
 from jobs.train_loop import BEST_FOLDER, TrainTask, train_loop
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# Without batch statistics, so that two workers compute what one does.
-TINY = {
-    "embed_dim": 32,
-    "vision_cfg": {
-        "layers": 1, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 32,
-    },
-    "text_cfg": {
-        "context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1,
-    },
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +34,8 @@ def session():
         yield
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    path = tmp_path_factory.mktemp("architecture") / "tiny.json"
-    path.write_text(json.dumps(TINY))
-    return path
-
-
 @pytest.fixture
-def job(tmp_path, sample_catalog, tiny):
+def job(tmp_path, sample_catalog, tiny_towers):
     """Write a configuration and return its path; keyword arguments are of its train section."""
 
     def write(*, name="job", top=None, **train):
@@ -66,7 +49,7 @@ def job(tmp_path, sample_catalog, tiny):
         config = {
             "store": str(tmp_path / "store"),
             "catalog": {"path": str(sample_catalog / "catalog.parquet")},
-            "encoder": {"architecture": str(tiny), "pretrained": "random"},
+            "encoder": {"architecture": str(tiny_towers), "pretrained": "random"},
             "ray": {"object_store_mb": 128},
             "train": section | train,
         }
@@ -285,8 +268,8 @@ class Loop:
 
 
 @pytest.fixture
-def loop(tmp_path, sample_catalog, tiny):
-    return Loop(tmp_path, sample_catalog, tiny)
+def loop(tmp_path, sample_catalog, tiny_towers):
+    return Loop(tmp_path, sample_catalog, tiny_towers)
 
 
 def test_seed_and_augmentation_decide_the_result(loop):

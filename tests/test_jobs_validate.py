@@ -1,7 +1,6 @@
 """Validation against plain NumPy, and mining of negatives, over tiny real encoders."""
 
 import itertools
-import json
 import shutil
 
 import numpy as np
@@ -26,22 +25,11 @@ from jobs.mining import MINE_FROM, mine_negatives
 from jobs.pair_data import PairData
 from jobs.validate import WEIGHTS, measure, validate
 
-TINY = {
-    "embed_dim": 32,
-    "vision_cfg": {
-        "layers": 1, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 32,
-    },
-    "text_cfg": {
-        "context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1,
-    },
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
-def starts(tmp_path_factory):
+def starts(tmp_path_factory, tiny_towers):
     folder = tmp_path_factory.mktemp("starts")
-    (folder / "tiny.json").write_text(json.dumps(TINY))
-    spec = EncoderSpec(architecture=str(folder / "tiny.json"), pretrained="random")
+    spec = EncoderSpec(architecture=str(tiny_towers), pretrained="random")
     create_start(spec, folder / "mim", preset="mim4")
     for kind in ("mlp", "alpha_concat"):
         create_start(spec, folder / kind, preset="msr3", fusion=FusionSpec(kind=kind))

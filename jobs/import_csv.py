@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
 from jobs.config import read_config
@@ -32,13 +31,13 @@ from jobs.csv_products import (
 from jobs.csv_rows import CsvRow, CsvSource, RejectedRow, open_csv, read_rows
 from jobs.csv_summary import MAX_HOSTS, ImportSummary, Written, format_summary, summarize
 from jobs.errors import JobError
+from jobs.outputs import RowWriter, check_new_folder
 from jobs.progress import Progress
 
 __all__ = ["ImportOptions", "ImportSummary", "format_summary", "import_csv"]
 
 SAMPLE_ROWS = 5_000
 SAMPLE_CHARS = 1 << 25
-GROUP_ROWS = 4_096
 _MAX_COUNTED_HOSTS = 10_000
 _PRETRAINED = "laion2b_s34b_b79k"
 _UPDATE_ROWS = 10_000
@@ -87,7 +86,7 @@ def import_csv(
             nothing, all rows are rejected, or `dest` is not empty or can't be written.
     """
     shown = progress or Progress(quiet=True)
-    _check_dest(dest)
+    check_new_folder(dest)
     shown.stage(f"reading {path}")
     source = open_csv(path, encoding=options.encoding, delimiter=options.delimiter)
     rows = _sample(source)
@@ -128,40 +127,6 @@ def _sample(source: CsvSource) -> list[list[str]]:
     return rows
 
 
-def _check_dest(dest: Path) -> None:
-    if dest.exists() and not dest.is_dir():
-        raise JobError(f"{dest} is a file; name a new or empty folder")
-    if dest.is_dir() and any(dest.iterdir()):
-        raise JobError(f"{dest} is not empty; name a new or empty folder")
-
-
-class _TableWriter:
-    """Write rows to a Parquet file, in row groups of `GROUP_ROWS`."""
-
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._schema = schema
-        self._buffer: list[dict[str, Any]] = []
-        self._writer = pq.ParquetWriter(path, schema, compression="zstd")
-
-    def __enter__(self) -> "_TableWriter":
-        return self
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Take one row; names that are not in the schema are left out."""
-        self._buffer.append(row)
-        if len(self._buffer) == GROUP_ROWS:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._writer.write_table(pa.Table.from_pylist(self._buffer, self._schema))
-        self._buffer.clear()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None and self._buffer:
-            self._flush()
-        self._writer.close()
-
-
 def _write_tables(folder: Path, layout: Layout, profile: Profile, shown: Progress) -> Written:
     products = merged = images = 0
     reasons: Counter[str] = Counter()
@@ -169,8 +134,8 @@ def _write_tables(folder: Path, layout: Layout, profile: Profile, shown: Progres
     first_reject = ""
     with (
         shown.count(profile.rows) as bar,
-        _TableWriter(folder / "catalog.parquet", catalog_schema(layout, profile)) as catalog,
-        _TableWriter(folder / "rejects.parquet", REJECTS_SCHEMA) as rejects,
+        RowWriter(folder / "catalog.parquet", catalog_schema(layout, profile)) as catalog,
+        RowWriter(folder / "rejects.parquet", REJECTS_SCHEMA) as rejects,
     ):
         for one in build_products(layout, profile):
             if isinstance(one, Product):

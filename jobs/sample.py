@@ -13,13 +13,12 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
+from jobs.outputs import RowWriter
 from jobs.render import compose_shop, draw_cutout
 from jobs.sample_products import (
     Row,
@@ -30,7 +29,6 @@ from jobs.sample_products import (
 )
 from jobs.street import draw_street
 
-_GROUP_ROWS = 1_000
 MAX_QUERIES = 500
 MAX_VALIDATION = 200
 MIN_IMAGE_PX = 32
@@ -158,46 +156,6 @@ def _render(plan: _Plan) -> Iterator[range]:
                 future.cancel()
 
 
-class _TableWriter:
-    """Write rows to a Parquet file in groups of 1,000; it gets its name only when whole."""
-
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self.rows = 0
-        self._path = path
-        self._partial = path.with_name(f".{path.name}.partial")
-        self._schema = schema
-        self._buffer: list[Row] = []
-        self._writer = pq.ParquetWriter(self._partial, schema, compression="zstd")
-
-    def __enter__(self) -> "_TableWriter":
-        return self
-
-    def add(self, row: Row) -> None:
-        """Take one row; write a row group when 1,000 wait."""
-        self._buffer.append(row)
-        self.rows += 1
-        if len(self._buffer) == _GROUP_ROWS:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._writer.write_table(pa.Table.from_pylist(self._buffer, self._schema))
-        self._buffer.clear()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None and self._buffer:
-            self._flush()
-        self._writer.close()
-        if kind is None:
-            self._partial.replace(self._path)
-        else:
-            self._partial.unlink()
-
-
 def _prepare_dest(plan: _Plan) -> None:
     """Empty DEST of an earlier sample and mark it as a sample's folder.
 
@@ -278,10 +236,10 @@ def write_sample(
     _prepare_dest(plan)
     catalog_path, *pair_paths = (dest / name for name in _FILES)
     with (
-        _TableWriter(catalog_path, CATALOG_SCHEMA) as catalog,
-        _TableWriter(pair_paths[0], PAIRS_SCHEMA) as train,
-        _TableWriter(pair_paths[1], PAIRS_SCHEMA) as validation,
-        _TableWriter(pair_paths[2], PAIRS_SCHEMA) as queries,
+        RowWriter(catalog_path, CATALOG_SCHEMA) as catalog,
+        RowWriter(pair_paths[0], PAIRS_SCHEMA) as train,
+        RowWriter(pair_paths[1], PAIRS_SCHEMA) as validation,
+        RowWriter(pair_paths[2], PAIRS_SCHEMA) as queries,
     ):
         held_out = {VALIDATION_VIEW: validation, QUERY_VIEW: queries}
         for numbers in _render(plan):

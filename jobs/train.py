@@ -26,6 +26,7 @@ from jobs.batches import check_batch_size
 from jobs.cluster import ray_session
 from jobs.config import JobConfig, TrainConfig
 from jobs.errors import CatalogError, ConfigError, JobError, StoreError
+from jobs.outputs import check_new_folder
 from jobs.pair_data import PairData
 from jobs.progress import Progress
 from jobs.store import Store, new_run_id, scratch_folder
@@ -106,10 +107,7 @@ def _check_settings(section: TrainConfig) -> None:
 
 def _check_destination(destination: Path) -> None:
     """Refuse what can't be written to; after hours of training it would be late."""
-    if destination.exists() and not destination.is_dir():
-        raise JobError(f"{destination} is a file; name a new or empty folder")
-    if destination.exists() and any(destination.iterdir()):
-        raise JobError(f"{destination} is not empty; checkpoints are never replaced")
+    check_new_folder(destination)
     parent = destination.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)

@@ -165,7 +165,7 @@ def test_no_section_and_destinations_that_cannot_be(job, tmp_path, call_vitrine,
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     for name, words in (
-        ("full", "full is not empty; checkpoints are never replaced"),
+        ("full", "full is not empty; name a new or empty folder"),
         ("full/x", "is a file"),
         ("full/x/y", "can't be made"),
     ):

@@ -42,7 +42,7 @@ def train_index(spec: IndexSpec, sample: Float32Array, *, seed: int) -> faiss.In
             f"{spec.min_training_rows}: take a larger sample, or a smaller nlist or pq_nbits"
         )
     if not spec.nlist:
-        return _empty_flat(spec.dim)
+        return empty_flat(spec.dim)
     index = faiss.index_factory(spec.dim, spec.factory, faiss.METRIC_INNER_PRODUCT)
     if isinstance(index, faiss.IndexIVF):
         index.cp.seed = seed
@@ -72,7 +72,7 @@ def add_vectors(
     if template.ntotal:
         raise ValueError(f"the template holds {template.ntotal} vectors, expected none")
     check_unit_rows(vectors, dim=template.d, name="vectors")
-    _check_ids(vector_ids, len(vectors))
+    check_ids(vector_ids, len(vectors))
     index = faiss.clone_index(template)
     index.add_with_ids(vectors, vector_ids)
     return index
@@ -95,6 +95,18 @@ def merge_indexes(parts: Sequence[faiss.Index]) -> faiss.Index:
         ValueError: There are no parts, one is given twice, they stem from different
             templates, or a vector id is in two of them.
     """
+    check_same_template(parts)
+    check_unique(np.concatenate([stored_ids(part) for part in parts]))
+    return move_vectors(parts)
+
+
+def check_same_template(parts: Sequence[faiss.Index]) -> None:
+    """Refuse indexes that can't be merged; their ids are the caller's to compare.
+
+    Raises:
+        ValueError: There are no parts, one is given twice, or they stem from different
+            templates.
+    """
     if not parts:
         raise ValueError("no parts to merge")
     hashes = [template_hash(part) for part in parts]
@@ -106,7 +118,10 @@ def merge_indexes(parts: Sequence[faiss.Index]) -> faiss.Index:
             )
     if len({id(part) for part in parts}) < len(parts):
         raise ValueError("a part is given twice")
-    _check_unique(np.concatenate([stored_ids(part) for part in parts]))
+
+
+def move_vectors(parts: Sequence[faiss.Index]) -> faiss.Index:
+    """Move all vectors into the first of some checked parts, and return it."""
     merged, *others = parts
     for other in others:
         merged.merge_from(other, 0)
@@ -120,8 +135,8 @@ def template_hash(index: faiss.Index) -> str:
     are set aside meanwhile: no other thread may use the index.
     """
     if not is_ivf(index):
-        return _serialized_sha256(_empty_flat(index.d))
-    with _without_vectors(index):
+        return _serialized_sha256(empty_flat(index.d))
+    with without_vectors(index):
         return _serialized_sha256(index)
 
 
@@ -220,20 +235,19 @@ def is_ivf(index: faiss.Index) -> TypeGuard[faiss.IndexIVF]:
     raise ValueError(f"{type(index).__name__} is not an index made by train_index")
 
 
-def _empty_flat(dim: int) -> faiss.Index:
-    inner = faiss.index_factory(dim, "Flat", faiss.METRIC_INNER_PRODUCT)
+def empty_flat(dim: int) -> faiss.Index:
+    """Return an exact index of (0, dim) float32 vectors."""
+    # The factory's IndexFlat comes back from a file as IndexFlatIP, and the two don't merge.
+    inner = faiss.IndexFlatIP(dim)
     return faiss.IndexIDMap2(inner)  # its Python wrapper keeps inner alive
 
 
-def _lists(index: faiss.Index) -> faiss.InvertedLists:
-    if not is_ivf(index) or index.invlists is None:
-        raise ValueError("the index has no inverted lists")
-    return index.invlists
-
-
 @contextmanager
-def _without_vectors(index: Any) -> Iterator[None]:  # noqa: ANN401 - faiss's stubs lack methods
-    """Set aside an IVF index's lists, ntotal and nprobe; cloning would copy every vector."""
+def without_vectors(index: Any) -> Iterator[None]:  # noqa: ANN401 - faiss's stubs lack methods
+    """Set aside an IVF index's lists, ntotal and nprobe; cloning would copy every vector.
+
+    No other thread may use the index meanwhile.
+    """
     lists, owned = index.invlists, index.own_invlists
     ntotal, nprobe = index.ntotal, index.nprobe
     empty = faiss.ArrayInvertedLists(index.nlist, index.code_size)
@@ -247,21 +261,37 @@ def _without_vectors(index: Any) -> Iterator[None]:  # noqa: ANN401 - faiss's st
         index.ntotal, index.nprobe = ntotal, nprobe
 
 
-def _check_ids(vector_ids: Int64Array, count: int) -> None:
+def check_ids(vector_ids: Int64Array, count: int) -> None:
+    """Refuse ids that aren't (count,) int64, >= 0 and unique.
+
+    Raises:
+        ValueError: As the first line says; the message names an example.
+    """
     if vector_ids.shape != (count,):
         raise ValueError(f"vector ids: shape is {vector_ids.shape}, expected ({count},)")
     if vector_ids.dtype != np.int64:
         raise ValueError(f"vector ids: dtype is {vector_ids.dtype}, expected int64")
     if count and vector_ids.min() < 0:
         raise ValueError(f"vector ids: {int(vector_ids.min())} is negative")
-    _check_unique(vector_ids)
+    check_unique(vector_ids)
 
 
-def _check_unique(vector_ids: Int64Array) -> None:
+def check_unique(vector_ids: Int64Array) -> None:
+    """Refuse (N,) ids of which one comes twice.
+
+    Raises:
+        ValueError: An id is repeated; the message names the smallest.
+    """
     ordered = np.sort(vector_ids)
     repeated = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(repeated):
         raise ValueError(f"vector ids: {int(repeated[0])} is repeated ({len(repeated)} repeats)")
+
+
+def _lists(index: faiss.Index) -> faiss.InvertedLists:
+    if not is_ivf(index) or index.invlists is None:
+        raise ValueError("the index has no inverted lists")
+    return index.invlists
 
 
 def _serialized_sha256(index: faiss.Index) -> str:

@@ -119,9 +119,9 @@ def _ask(
     category: str | None,
 ) -> Answers:
     from encoders.towers import pick_device
-    from jobs.search import open_release
+    from jobs.search import Searcher
 
-    searcher = open_release(store, release.version, images=images)
+    searcher = Searcher(store, release.indexes, images=images, encoder=release.encoder)
     known = _known_products(searcher.ids.table, queries)
     column = _category_column(searcher.ids.table, category)
     skipped: dict[str, Skipped] = {}

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from jobs.config import CatalogConfig
 from jobs.errors import CatalogError
+from jobs.storage import StorageError, open_filesystem
 
 IMAGE_COLUMNS = ("image_uri", "image")
 VERSION_COLUMNS = ("image_version", "updated_at")
@@ -114,15 +115,18 @@ def read_catalog(config: CatalogConfig, *, need_images: bool, need_text: bool) -
 
 def _list_files(path: str) -> tuple[fsspec.AbstractFileSystem, list[str]]:
     try:
-        filesystem, root = fsspec.core.url_to_fs(path)
+        filesystem, root = open_filesystem(path)
         if any(mark in path for mark in "*?["):
-            files = [f for f in filesystem.glob(root) if not filesystem.isdir(f)]
-        elif filesystem.isdir(root):
+            found = filesystem.glob(root, detail=True)
+            files = [name for name, one in found.items() if one["type"] == "file"]
+        elif filesystem.info(root)["type"] == "directory":  # isdir() says no of a dead storage
             files = filesystem.glob(f"{root.rstrip('/')}/**/*.parquet")
-        elif filesystem.isfile(root):
-            files = [root]
         else:
-            raise CatalogError(f"catalog {path} does not exist")
+            files = [root]
+    except FileNotFoundError as error:
+        raise CatalogError(f"catalog {path} does not exist") from error
+    except StorageError as error:
+        raise CatalogError(f"catalog {path}: {error}") from error
     except (OSError, ValueError, ImportError) as error:
         raise CatalogError(f"catalog {path} can't be listed: {error}") from error
     hidden = re.compile(r"(^|/)[._]")  # _delta_log, _SUCCESS, .crc: the writers' own files

@@ -3,18 +3,27 @@
 Exit status: 0 done, 1 an expected error in one line, 2 usage.
 """
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from jobs import __version__, check_installation
-from jobs.config import JobConfig, read_config
+from jobs.cli_options import (
+    ConfigOption,
+    JsonOption,
+    QuietOption,
+    SetOption,
+    load_config,
+    print_json,
+    print_preview,
+    print_result,
+)
+from jobs.cli_store import app as store_commands
 from jobs.errors import JobError
 from jobs.progress import Progress
 
@@ -25,14 +34,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The YAML configuration.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override one key: section.key=value. Repeatable."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+app.add_typer(store_commands)
 
 
 def _version(wanted: bool) -> None:
@@ -53,24 +55,24 @@ def _root(
 @app.command(epilog="Example: vitrine refresh --config jobs/configs/grocery.yaml")
 def refresh(
     config: ConfigOption,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and change nothing.")
+    ] = False,
     overrides: SetOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Embed what changed in the catalog, build the indexes, publish if quality holds."""
+    """Embed what changed in the catalog, update the indexes, publish if quality holds."""
+    from jobs.refresh import preview_refresh
     from jobs.refresh import refresh as run
 
-    result = run(_config(config, overrides), Progress(quiet=quiet))
-    if as_json:
-        _print_json(asdict(result))
+    job, progress = load_config(config, overrides), Progress(quiet=quiet)
+    if dry_run:
+        preview = preview_refresh(job, progress)
+        print_json(asdict(preview)) if as_json else print_preview(preview)
         return
-    typer.echo(
-        f"release {result.release} published: {result.products:,} products, "
-        f"{result.rows:,} rows in = {result.live:,} live + {result.rejected:,} rejected\n"
-        f"new {result.new:,}, changed {result.changed:,}, removed {result.removed:,}, "
-        f"unchanged {result.unchanged:,}; embedded {result.embedded:,}\n"
-        f"report: {result.report}"
-    )
+    result = run(job, progress)
+    print_json(asdict(result)) if as_json else print_result(result)
 
 
 @app.command(epilog="Example: vitrine status --config jobs/configs/grocery.yaml --json")
@@ -78,15 +80,17 @@ def status(config: ConfigOption, overrides: SetOption = None, as_json: JsonOptio
     """Show the releases of a store, newest first."""
     from jobs.store import Store
 
-    releases = [asdict(release) for release in Store(_config(config, overrides).store).releases()]
+    releases = [
+        asdict(release) for release in Store(load_config(config, overrides).store).releases()
+    ]
     if as_json:
-        _print_json({"releases": releases})
+        print_json({"releases": releases})
         return
     if not releases:
         typer.echo("no release yet: run `vitrine refresh`")
         return
     table = Table(
-        "release", "created", "products", "rows in", "live", "rejected", "intersection@10"
+        "release", "created", "by", "products", "rows in", "live", "rejected", "intersection@10"
     )
     for row in releases:
         figures = [
@@ -95,7 +99,8 @@ def status(config: ConfigOption, overrides: SetOption = None, as_json: JsonOptio
             if "intersection_at_10" in value
         ]
         counts = [f"{row[name]:,}" for name in ("products", "rows", "vectors", "rejected")]
-        table.add_row(str(row["version"]), row["created_at"], *counts, ", ".join(figures))
+        made = (str(row["version"]), row["created_at"], row["command"])
+        table.add_row(*made, *counts, ", ".join(figures))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
@@ -129,13 +134,13 @@ def search(
 
     if image is None and text is None:
         raise typer.BadParameter("give --image, --text, or both")
-    job = _config(config, overrides)
+    job = load_config(config, overrides)
     store = Store(job.store)
     found = store.release(release)
     searcher = Searcher(store, found.indexes, images=job.images, encoder=found.encoder)
     results = searcher.search(image=image, text=text, k=k, field=field, image_weight=image_weight)
     if as_json:
-        _print_json({"release": found.version, "results": result_rows(results)})
+        print_json({"release": found.version, "results": result_rows(results)})
         return
     table = Table("score", "product", "metadata", title=f"release {found.version}")
     for one in results:
@@ -150,6 +155,10 @@ def evaluate(
     release: Annotated[
         int | None, typer.Option("--release", help="A release's version; else the newest.")
     ] = None,
+    candidate: Annotated[
+        str | None,
+        typer.Option("--candidate", help="What `reindex --no-publish` built; it prints the name."),
+    ] = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -157,12 +166,16 @@ def evaluate(
     """Measure a release with labelled queries, through the index and exactly; publish nothing."""
     from jobs.evaluate import evaluate as run
 
-    result = run(_config(config, overrides), Progress(quiet=quiet), release)
+    if release is not None and candidate is not None:
+        raise typer.BadParameter("give --release or --candidate, not both")
+    job, progress = load_config(config, overrides), Progress(quiet=quiet)
+    result = run(job, progress, release, candidate=candidate)
     if as_json:
-        _print_json(asdict(result))
+        print_json(asdict(result))
         return
     names = ("recall_at_1", "recall_at_5", "recall_at_10", "mrr", "ndcg_at_10")
-    title = f"release {result.release}, {result.queries:,} queries (95 % intervals)"
+    named = f"candidate {candidate}" if candidate else f"release {result.release}"
+    title = f"{named}, {result.queries:,} queries (95 % intervals)"
     table = Table("query", "field", "queries", *names, "exact recall_at_10", "intersection_at_10")
     table.title = title
     for kind, fields in result.metrics.items():
@@ -199,7 +212,7 @@ def sample(
         except (ValueError, OSError) as error:
             raise JobError(f"sample: {error}") from error
     if as_json:
-        _print_json(asdict(summary))
+        print_json(asdict(summary))
         return
     typer.echo("\n".join(f"{name}: {value}" for name, value in asdict(summary).items()))
 
@@ -215,9 +228,9 @@ def train(
     """Train the configured encoder on pairs by a preset and write the best checkpoint."""
     from jobs.train import train as run
 
-    result = asdict(run(_config(config, overrides), destination, Progress(quiet=quiet)))
+    result = asdict(run(load_config(config, overrides), destination, Progress(quiet=quiet)))
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     validation = result.pop("validation") or {}
     typer.echo("\n".join(f"{name}: {value}" for name, value in result.items()))
@@ -262,21 +275,13 @@ def import_csv(
     )
     result = run(file, destination, options, Progress(quiet=quiet))
     if as_json:
-        _print_json(asdict(result))
+        print_json(asdict(result))
         return
     typer.echo(format_summary(result))
 
 
-def _config(path: Path, overrides: list[str] | None) -> JobConfig:
-    return read_config(path, overrides or ())
-
-
 def _interval(figure: dict[str, float]) -> str:
     return f"{figure['value']:.3f}\n{figure['low']:.2f}-{figure['high']:.2f}"
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False, default=str))
 
 
 def main() -> None:

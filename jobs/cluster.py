@@ -1,12 +1,17 @@
-"""Starts Ray the way Vitrine needs it, and passes our errors through it."""
+"""Starts Ray the way Vitrine needs it, watches its head, and passes our errors through it."""
 
 import os
+import signal
+import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private import worker as ray_worker
 from ray.exceptions import RayTaskError
 
 from jobs.config import RayConfig
@@ -27,10 +32,21 @@ QUIET_ENVIRONMENT = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 
+# Ray's own patience with a head that is gone is 60 s; then it ends this process with status 1 and
+# not a word. A cluster's head may be restarted within that time; a local one never comes back.
+HEAD_AWAY_S = 50.0
+HEAD_POLL_S = 1.0
+SHUTDOWN_GRACE_S = 10.0
+HEAD_PROCESSES = {"gcs_server", "raylet"}
+
 
 @contextmanager
 def ray_session(config: RayConfig) -> Iterator[None]:
-    """Connect to the configured cluster, or start a local one; a session that runs is shared."""
+    """Connect to the configured cluster, or start a local one; a session that runs is shared.
+
+    Raises:
+        JobError: Ray's head died meanwhile; noticed within seconds if it is a local one.
+    """
     if ray.is_initialized():
         yield
         return
@@ -50,10 +66,79 @@ def ray_session(config: RayConfig) -> Iterator[None]:
             runtime_env={"env_vars": WORKER_ENVIRONMENT},
             **({} if config.address else local),
         )
+    with _watched_head():
+        yield
+
+
+@contextmanager
+def _watched_head() -> Iterator[None]:
+    """Shut Ray down after the block; end the block with one error when Ray's head dies in it."""
+    over, closed = threading.Event(), threading.Event()
+    if threading.current_thread() is threading.main_thread():  # no other can be interrupted
+        threading.Thread(target=_watch, args=(over, closed), daemon=True).start()
     try:
         yield
+    except BaseException as error:
+        over.set()
+        fault = _head_fault(patience_s=0)
+        if fault is None:
+            raise
+        raise JobError(fault) from error
     finally:
+        over.set()
         ray.shutdown()
+        closed.set()
+
+
+def _watch(over: threading.Event, closed: threading.Event) -> None:
+    """Interrupt the main thread when the head is gone; end the process if that hangs too.
+
+    Args:
+        over: The main thread needs no interruption any more.
+        closed: Ray is shut down.
+    """
+    while not closed.wait(HEAD_POLL_S):
+        fault = _head_fault(patience_s=HEAD_AWAY_S)
+        if fault is None:
+            continue
+        if not over.is_set():  # a real signal: it alone ends a wait in native code
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        if not closed.wait(SHUTDOWN_GRACE_S):
+            os.write(2, f"vitrine: error: {fault}\n".encode())
+            os._exit(1)
+
+
+def _head_fault(*, patience_s: float) -> str | None:
+    """Say what is wrong with Ray's head, if it is gone.
+
+    Args:
+        patience_s: How long a cluster's head may be away before that is a fault.
+    """
+    node = ray_worker._global_node
+    if node is None:
+        return None
+    advice = "what was committed stays: run the command again"
+    dead = sorted({name for name, _ in node.dead_processes()} & HEAD_PROCESSES)
+    if dead:
+        return f"the local Ray head died ({' and '.join(dead)} ended); {advice}"
+    if not node.is_head() and _is_away(node.gcs_address, patience_s):
+        return f"the Ray cluster at {node.gcs_address} does not answer any more; {advice}"
+    return None
+
+
+def _is_away(address: str, patience_s: float) -> bool:
+    """Whether nothing accepts a connection at `host:port`, for so many seconds."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=HEAD_POLL_S).close()
+        except OSError:
+            if time.monotonic() >= deadline:
+                return True
+            time.sleep(HEAD_POLL_S)
+        else:
+            return False
 
 
 @contextmanager

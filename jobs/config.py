@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from encoders.spec import EncoderSpec
+from indexing.drift import DriftLimits
 from jobs.errors import ConfigError
 from jobs.images import ImagesConfig
 
@@ -89,6 +90,11 @@ class EmbedConfig(Section):
     commit_interval_s: float = Field(
         default=30.0, gt=0, description="Written files are committed together, at most this often."
     )
+    duplicate_cache_rows: int = Field(
+        default=100_000,
+        ge=0,
+        description="Image vectors that are kept to be given to byte-identical images; 0: none.",
+    )
 
 
 class IndexConfig(Section):
@@ -105,6 +111,9 @@ class IndexConfig(Section):
         default=0.95, gt=0, le=1, description="nprobe is the smallest that reaches this at k = 10."
     )
     seed: int = Field(default=0, ge=0, description="Seeds the sample and k-means.")
+    drift: Annotated[
+        DriftLimits, Field(description="A limit that is passed trains the index anew.")
+    ] = DriftLimits()
 
 
 class EvaluateConfig(Section):
@@ -143,6 +152,16 @@ class GateConfig(Section):
     )
     min_recall_at_10: float = Field(
         default=0.0, ge=0, le=1, description="Labelled queries; needs evaluate.queries if set."
+    )
+    max_live_drop: float = Field(
+        default=0.3, ge=0, le=1, description="Live rows lost since the newest release, a share."
+    )
+    min_overlap_at_10: float = Field(
+        default=0.3,
+        ge=0,
+        le=1,
+        description="Neighbours of sampled vectors that the newest release finds too; "
+        "not asked of another encoder or other weights.",
     )
 
 
@@ -224,6 +243,11 @@ class RayConfig(Section):
     )
     object_store_mb: int = Field(
         default=512, ge=100, description="Object store of a local cluster, MiB."
+    )
+    bucket_rows: int = Field(
+        default=4_000_000,
+        gt=0,
+        description="About how many catalog rows one task compares at a time, some 200 bytes each.",
     )
 
 

@@ -1,199 +1,386 @@
-"""Compares the catalog with the embeddings table: what is new, changed, removed.
+"""Compares the catalog with the embeddings table: what is new, changed, removed, to be retried.
 
 Resuming is this diff: rows are committed while a job runs, so a job that starts again finds them
-unchanged. The driver keeps 28 bytes a catalog row and 33 a table row, and never a vector.
+unchanged. It is a join by buckets of vector ids (see `jobs.buckets`): a task holds some 200 bytes
+a row of one bucket or group, `ray.bucket_rows` of them, and this process no row at all.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import ray
 
-from jobs.catalog import Catalog, Unit
-from jobs.cluster import cluster_cpus, gather_bounded
-from jobs.errors import FingerprintError
-from jobs.images import RejectReason
-from jobs.items import PLAN_DTYPE, check_unique, scan_unit
-from jobs.schemas import DELETE, REJECT, UPSERT
-from jobs.store import Store
+from jobs.buckets import (
+    Parts,
+    Records,
+    count_buckets,
+    make_groups,
+    scatter,
+    split_by_bucket,
+    split_rows,
+    turn,
+)
+from jobs.catalog import Catalog
+from jobs.cluster import gather
+from jobs.config import JobConfig
+from jobs.images import ImagesConfig
+from jobs.items import PLAN_DTYPE, explain_duplicates, scan_unit
+from jobs.schemas import DELETE, REJECT
+from jobs.state import (
+    OPERATIONS,
+    REASONS,
+    RELEASED_DTYPE,
+    STATE_DTYPE,
+    newest_rows,
+    read_released,
+    read_state,
+    take_rows,
+)
+from jobs.store import Release, Store
 
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
-OPERATIONS = {UPSERT: 0, DELETE: 1, REJECT: 2}
-TRANSIENT_REJECT = 3
-STATE_DTYPE = np.dtype(
+EXAMPLES = 3
+MAX_TWICE = 10_000
+TODO_DTYPE = np.dtype(
     [
         ("vector_id", "<i8"),
-        ("generation", "<i8"),
-        ("content_hash", "<i8"),
-        ("operation", "i1"),
-        ("file", "<i4"),
+        ("image_hash", "<i8"),
+        ("text_hash", "<i8"),
+        ("etag_hash", "<i8"),
+        ("first_seen", "<i8"),
+        ("attempts", "<i4"),
+        ("unit", "<i4"),
     ]
 )
+"""A row to embed; `attempts` and `first_seen` are those of a reject that is tried again, else 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The scanned catalog; the rows are `PLAN_DTYPE` in Ray's object store.
+
+    Attributes:
+        groups: Units of each group.
+        parts: [bucket][group].
+        rows: Rows (product images) in the catalog.
+    """
+
+    groups: list[range]
+    parts: Parts = field(repr=False)
+    rows: int
+
+    @property
+    def buckets(self) -> int:
+        """How many ranges of ids there are."""
+        return len(self.parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retry:
+    """Which rejects of unchanged content are tried again.
+
+    Attributes:
+        max_attempts: How often a passing fault is tried in all.
+        new_limits: Whether rejects by a configured limit are.
+    """
+
+    max_attempts: int
+    new_limits: bool
+
+    def applies(self, rejects: Records) -> BoolArray:
+        """Say for each of (N,) `STATE_DTYPE` rejects whether it is tried again."""
+        transient = np.array([False, *(reason.transient for reason in REASONS)])
+        configured = np.array([False, *(reason.configured for reason in REASONS)])
+        passing = transient[rejects["reason"]] & (rejects["attempts"] < self.max_attempts)
+        return np.asarray(passing | (configured[rejects["reason"]] & self.new_limits))
+
+
+def read_retry(config: JobConfig, store: Store, release: Release | None) -> Retry:
+    """Return what the next refresh tries again: where limits changed, what they refused too.
+
+    Args:
+        config: The job.
+        store: The store.
+        release: The newest release, whose limits are compared with.
+
+    Raises:
+        StoreError: The release's manifest is missing or damaged.
+    """
+    new_limits = False
+    if release is not None:
+        before = store.read_json("indexes", release.indexes, "manifest.json")["config"]
+        now = config.model_dump(mode="json")
+        pairs = [(one["images"], one["catalog"]["max_text_chars"]) for one in (before, now)]
+        new_limits = pairs[0] != pairs[1]
+    return Retry(max_attempts=config.images.max_attempts, new_limits=new_limits)
+
+
+@dataclass(kw_only=True)
+class Counts:
+    """What the comparison found, in rows (product images); of a bucket, or of all.
+
+    Attributes:
+        changed_text: Of the changed ones, those whose text alone differs (the template too).
+        changed_image: Those whose image alone differs: its reference, version or ETag.
+        retried: Unchanged rejects that are tried again.
+        formerly_rejected: Of all that is to be embedded, what was a reject before.
+        metadata_changed: Of the unchanged ones, those whose other columns differ.
+        released: Unchanged and live in the newest release as they are.
+        generation: The newest in the table; 0: none.
+        todo: To be embedded, a number a group of units.
+        twice: Some vector ids that are in the catalog more than once.
+        examples: Kind to (vector id, unit), and for `removed` (vector id, file, row).
+    """
+
+    new: int = 0
+    changed: int = 0
+    changed_text: int = 0
+    changed_image: int = 0
+    retried: int = 0
+    formerly_rejected: int = 0
+    removed: int = 0
+    unchanged: int = 0
+    metadata_changed: int = 0
+    released: int = 0
+    live: int = 0
+    generation: int = 0
+    todo: Int64Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    twice: set[int] = field(default_factory=set)
+    examples: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+
+    def add(self, other: "Counts") -> None:
+        """Add another bucket's counts."""
+        for name, value in vars(other).items():
+            mine = getattr(self, name)
+            if name == "generation":
+                self.generation = max(mine, value)
+            elif name == "todo":
+                self.todo = value + mine if len(mine) else value
+            elif name == "twice":
+                self.twice |= value if len(mine) < MAX_TWICE else set()
+            elif name == "examples":
+                for kind, found in value.items():
+                    mine[kind] = (mine.get(kind, []) + found)[:EXAMPLES]
+            else:
+                setattr(self, name, mine + value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diff:
-    """What a refresh has to do, in rows (product images).
+    """What a refresh has to do.
 
     Attributes:
-        plan: (N,) records of `PLAN_DTYPE`, sorted by vector_id: the whole catalog.
-        todo: (M,) vector ids to embed, sorted: new, changed, and rejected for a passing fault.
-        removed: (R,) vector ids that are in the table and no longer in the catalog, sorted.
-        generation: Number of the rows that this refresh will append.
+        plan: The whole catalog.
+        counts: In rows.
+        todo: [group of units][bucket] references to `TODO_DTYPE` rows.
+        removed: One reference a bucket to sorted (R,) int64 vector ids that are in the table and
+            no longer in the catalog.
+        version: Of the embeddings table that was compared with; None: there was no table.
+        up_to_date: Nothing to embed or remove, and the newest release shows just these rows.
     """
 
-    plan: npt.NDArray[np.void]
-    todo: Int64Array
-    removed: Int64Array
-    new: int
-    changed: int
-    unchanged: int
-    retried: int
-    generation: int
+    plan: Plan
+    counts: Counts
+    todo: Parts = field(repr=False)
+    removed: list[Any] = field(repr=False)
+    version: int | None
+    up_to_date: bool
+
+    @property
+    def todo_rows(self) -> int:
+        """How many rows are to be embedded."""
+        return self.counts.new + self.counts.changed + self.counts.retried
 
 
-def scan_catalog(catalog: Catalog, recipe: str) -> npt.NDArray[np.void]:
-    """Return every item's identity and content hash, read by Ray tasks.
-
-    Returns:
-        (N,) records of `PLAN_DTYPE`, sorted by vector_id, without repetition.
-
-    Raises:
-        CatalogError: A product id is null, empty or occurs twice.
-    """
-    reference = ray.put(catalog)
-
-    def submit(unit: Unit) -> Any:  # noqa: ANN401 - Ray's references are untyped
-        return _scan_unit.remote(reference, unit, recipe)
-
-    parts = list(gather_bounded(submit, catalog.units, in_flight=4 * cluster_cpus()))
-    plan = np.concatenate([np.empty(0, PLAN_DTYPE), *parts])
-    plan.sort(order="vector_id")
-    check_unique(catalog, plan)
-    return plan
-
-
-@ray.remote(num_cpus=1)
-def _scan_unit(catalog: Catalog, unit: Unit, recipe: str) -> npt.NDArray[np.void]:
-    return scan_unit(catalog, unit, recipe)
-
-
-def read_state(store: Store, version: int, encoder: str) -> npt.NDArray[np.void]:
-    """Return the newest row of every vector id in the embeddings table.
+def compare_with_store(
+    catalog: Catalog,
+    store: Store,
+    encoder: str,
+    recipe: str,
+    *,
+    images: ImagesConfig,
+    bucket_rows: int,
+    parent: Release | None,
+    retry: Retry,
+) -> Diff:
+    """Compare the catalog with the rows of one encoder in the embeddings table.
 
     Args:
+        catalog: The checked catalog.
         store: The store.
-        version: Version of the embeddings table.
-        encoder: Fingerprint that all rows must have.
-
-    Returns:
-        (N,) records of `STATE_DTYPE`, sorted by vector_id. `file` counts in
-        `store.embedding_files(version)`.
+        encoder: Fingerprint; rows of others don't count.
+        recipe: See `VectorSpace.recipe`.
+        images: Says whether ETags are asked for.
+        bucket_rows: About how many rows one task compares.
+        parent: The newest release.
+        retry: Which rejects are tried again.
 
     Raises:
-        FingerprintError: A row was made by another encoder.
+        CatalogError: A product id is null, empty or occurs twice, or a file is damaged.
+        StoreError: The table or the release can't be read.
     """
-
-    def submit(numbered: tuple[int, str]) -> Any:  # noqa: ANN401
-        return _read_state.remote(store, *numbered, encoder)
-
-    files = enumerate(store.embedding_files(version))
-    parts = list(gather_bounded(submit, files, in_flight=4 * cluster_cpus()))
-    rows = np.concatenate([np.empty(0, STATE_DTYPE), *parts])
-    rows.sort(order=["vector_id", "generation"])
-    newest = np.ones(len(rows), bool)
-    newest[:-1] = rows["vector_id"][1:] != rows["vector_id"][:-1]
-    return rows[newest]
-
-
-@ray.remote(num_cpus=1)
-def _read_state(store: Store, number: int, file: str, encoder: str) -> npt.NDArray[np.void]:
-    names = ["vector_id", "generation", "content_hash", "operation", "encoder", "reject_reason"]
-    table = read_data_file(store, file, names)
-    others = [e for e in pc.unique(table["encoder"]).to_pylist() if e != encoder]
-    if others:
-        raise FingerprintError(
-            f"store {store.root} holds embeddings of encoder {others[0][:12]}, the config names "
-            f"{encoder[:12]}: use that encoder (encoder.checkpoint: "
-            f"{store.uri('checkpoints', others[0])}) or another store"
+    version = store.embeddings_version()
+    rows = max(catalog.rows, store.embedding_rows(version))
+    plan = scan_catalog(catalog, recipe, images, count_buckets(rows, bucket_rows), bucket_rows)
+    state = read_state(store, version, encoder, plan.buckets, bucket_rows)
+    released = read_released(store, parent, plan.buckets, bucket_rows)
+    starts = np.array([group.start for group in plan.groups], np.int64)
+    calls = [
+        _compare.options(num_returns=2 + len(plan.groups)).remote(
+            starts, retry, [len(p) for p in parts], *parts[0], *parts[1], *parts[2]
         )
-    rows = np.empty(table.num_rows, STATE_DTYPE)
-    for name in ("vector_id", "generation", "content_hash"):
-        rows[name] = table[name].to_numpy()
-    transient = [reason.value for reason in RejectReason if reason.transient]
-    retry = pc.fill_null(pc.is_in(table["reject_reason"], pa.array(transient)), False).to_numpy()
-    code = pc.index_in(table["operation"], pa.array(list(OPERATIONS))).to_numpy()
-    rows["operation"] = np.where(retry, TRANSIENT_REJECT, code)
-    rows["file"] = number
-    return rows
-
-
-def read_data_file(store: Store, file: str, columns: list[str]) -> pa.Table:
-    """Read columns of one data file of the embeddings table.
-
-    Args:
-        store: The store.
-        file: As `store.embedding_files` lists it.
-        columns: Names of `EMBEDDINGS`.
-    """
-    filesystem = store.filesystem()
-    source = ds.dataset(
-        filesystem._strip_protocol(store.uri("embeddings", file)),
-        format="parquet",
-        filesystem=filesystem,
-    )
-    return source.to_table(columns=columns)
-
-
-def diff_catalog(plan: npt.NDArray[np.void], state: npt.NDArray[np.void]) -> Diff:
-    """Compare the catalog with the newest rows of the table.
-
-    Args:
-        plan: (N,) from `scan_catalog`.
-        state: (M,) from `read_state`.
-    """
-    place, known = locate(state["vector_id"], plan["vector_id"])
-    if len(state):
-        operation = np.where(known, state["operation"][place], OPERATIONS[DELETE])
-        same = known & (state["content_hash"][place] == plan["content_hash"])
-    else:
-        operation = np.full(len(plan), OPERATIONS[DELETE])
-        same = np.zeros(len(plan), bool)
-    new = operation == OPERATIONS[DELETE]
-    retried = same & (operation == TRANSIENT_REJECT)
-    unchanged = same & ~new & ~retried
-    _, listed = locate(plan["vector_id"], state["vector_id"])
-    removed = ~listed & (state["operation"] != OPERATIONS[DELETE])
+        for parts in zip(plan.parts, state, released, strict=True)
+    ]
+    counts = Counts()
+    for found in gather([call[0] for call in calls]):
+        counts.add(found)
+    if counts.twice:
+        raise explain_duplicates(catalog, counts.twice)
+    todo = turn([list(call[2:]) for call in calls], len(plan.groups))
     return Diff(
         plan=plan,
-        todo=plan["vector_id"][~unchanged],
-        removed=state["vector_id"][removed],
-        new=int(new.sum()),
-        changed=int((~new & ~same).sum()),
-        unchanged=int(unchanged.sum()),
-        retried=int(retried.sum()),
-        generation=int(state["generation"].max()) + 1 if len(state) else 1,
+        counts=counts,
+        todo=todo,
+        removed=[call[1] for call in calls],
+        version=version,
+        up_to_date=parent is not None and _is_up_to_date(counts, parent),
     )
 
 
-def locate(sorted_ids: Int64Array, wanted: Int64Array) -> tuple[Int64Array, BoolArray]:
-    """Find ids in a sorted array.
+def _is_up_to_date(counts: Counts, parent: Release) -> bool:
+    waiting = counts.new + counts.changed + counts.retried + counts.removed
+    same = counts.live == counts.released == parent.vectors
+    return same and not waiting and not counts.metadata_changed
+
+
+def scan_catalog(
+    catalog: Catalog, recipe: str, images: ImagesConfig, buckets: int, bucket_rows: int
+) -> Plan:
+    """Find every item's identity and hashes, by Ray tasks.
+
+    Raises:
+        CatalogError: A product id is null or empty, or a file is damaged.
+    """
+    groups = make_groups(len(catalog.units), catalog.rows, bucket_rows)
+    heads, parts = scatter(_scan_group, groups, buckets, ray.put(catalog), recipe, images)
+    return Plan(groups=groups, parts=turn(parts, buckets), rows=sum(gather(heads)))
+
+
+@ray.remote(num_cpus=1)
+def _scan_group(
+    catalog: Catalog, recipe: str, images: ImagesConfig, units: range, buckets: int
+) -> tuple[Any, ...]:
+    rows = np.concatenate([scan_unit(catalog, number, recipe, images) for number in units])
+    return len(rows), *split_by_bucket(rows, buckets)
+
+
+@ray.remote(num_cpus=1)
+def _compare(
+    starts: Int64Array, retry: Retry, counts: list[int], *parts: Records
+) -> tuple[Any, ...]:
+    """Compare one bucket; return its counts, the ids to remove, and what to embed by group."""
+    plan, state, released = join_parts(counts, parts)
+    found, todo, removed = compare_rows(plan, state, released, retry)
+    groups = np.searchsorted(starts, todo["unit"], side="right") - 1
+    found.todo = np.bincount(groups, minlength=len(starts)).astype(np.int64)
+    return found, removed, *split_rows(todo, groups, len(starts))
+
+
+def join_parts(counts: list[int], parts: tuple[Records, ...]) -> tuple[Records, Records, Records]:
+    """Join a bucket's parts of plan, table and release; sorted by vector id, newest rows alone.
 
     Args:
-        sorted_ids: (N,) int64, sorted, unique.
-        wanted: (M,) int64.
+        counts: How many of the parts belong to plan, table and release.
+        parts: `PLAN_DTYPE`, `STATE_DTYPE` and `RELEASED_DTYPE` rows.
+    """
+    edges = np.cumsum([0, *counts])
+    kinds = [list(parts[low:high]) for low, high in pairwise(edges)]
+    plan = np.sort(np.concatenate([np.zeros(0, PLAN_DTYPE), *kinds[0]]), order="vector_id")
+    state = newest_rows(np.concatenate([np.zeros(0, STATE_DTYPE), *kinds[1]]))
+    released = np.concatenate([np.zeros(0, RELEASED_DTYPE), *kinds[2]])
+    return plan, state, np.sort(released, order="vector_id")
+
+
+def compare_rows(
+    plan: Records, state: Records, released: Records, retry: Retry
+) -> tuple[Counts, Records, Int64Array]:
+    """Compare the rows of one bucket.
+
+    Args:
+        plan: (N,) `PLAN_DTYPE`, sorted by vector id: the catalog.
+        state: (M,) `STATE_DTYPE`, the newest row of each id, sorted.
+        released: (R,) `RELEASED_DTYPE`, sorted: the newest release.
+        retry: Which rejects are tried again.
 
     Returns:
-        Places (M,) int64 in [0, max(N - 1, 0)], and whether each id is there (M,) bool.
+        Counts; (T,) `TODO_DTYPE` rows to embed; and sorted vector ids to remove.
     """
-    if len(sorted_ids) == 0:
-        return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
-    places = np.minimum(np.searchsorted(sorted_ids, wanted), len(sorted_ids) - 1)
-    return places, sorted_ids[places] == wanted
+    twice = plan["vector_id"][1:][plan["vector_id"][1:] == plan["vector_id"][:-1]]
+    stored, known = take_rows(state, plan["vector_id"])
+    known &= stored["operation"] != OPERATIONS[DELETE]
+    text, image = known & ~_same_text(plan, stored), known & ~_same_image(plan, stored)
+    rejected = known & (stored["operation"] == OPERATIONS[REJECT])
+    same = known & ~text & ~image
+    retried = same & rejected & retry.applies(stored)
+    shown, in_release = take_rows(released, plan["vector_id"])
+    unchanged = same & ~retried
+    live = unchanged & ~rejected
+    kept = live & in_release & (shown["generation"] == stored["generation"])
+    priced = kept & (shown["metadata_hash"] != plan["metadata_hash"])
+    gone = ~take_rows(plan, state["vector_id"])[1] & (state["operation"] != OPERATIONS[DELETE])
+    todo = make_todo(plan, stored, ~unchanged, retried)
+    kinds = {"new": ~known, "changed": text | image, "retried": retried, "metadata": priced}
+    examples: dict[str, list[tuple[int, ...]]] = {
+        kind: [(int(r["vector_id"]), int(r["unit"])) for r in plan[mask][:EXAMPLES]]
+        for kind, mask in kinds.items()
+    }
+    examples["removed"] = [
+        (int(r["vector_id"]), int(r["file"]), int(r["row"])) for r in state[gone][:EXAMPLES]
+    ]
+    counts = Counts(
+        new=int((~known).sum()),
+        changed=int((text | image).sum()),
+        changed_text=int((text & ~image).sum()),
+        changed_image=int((image & ~text).sum()),
+        retried=int(retried.sum()),
+        formerly_rejected=int((rejected & ~unchanged).sum()),
+        removed=int(gone.sum()),
+        unchanged=int(unchanged.sum()),
+        metadata_changed=int(priced.sum()),
+        released=int(kept.sum()),
+        live=int(live.sum()),
+        generation=int(state["generation"].max()) if len(state) else 0,
+        twice=set(twice[:MAX_TWICE].tolist()),
+        examples=examples,
+    )
+    return counts, todo, state["vector_id"][gone]
+
+
+def _same_text(plan: Records, stored: Records) -> BoolArray:
+    return np.asarray(plan["text_hash"] == stored["text_hash"])
+
+
+def _same_image(plan: Records, stored: Records) -> BoolArray:
+    """Compare images; an ETag that could not be had says nothing."""
+    etag = (plan["etag_hash"] == 0) | (plan["etag_hash"] == stored["etag_hash"])
+    return np.asarray((plan["image_hash"] == stored["image_hash"]) & etag)
+
+
+def same_content(plan: Records, stored: Records) -> BoolArray:
+    """Say which stored rows were made of what the catalog holds: (N,) bool of (N,) pairs."""
+    return _same_text(plan, stored) & _same_image(plan, stored)
+
+
+def make_todo(plan: Records, stored: Records, wanted: BoolArray, retried: BoolArray) -> Records:
+    """Return `TODO_DTYPE` rows of the wanted ones among the (N,) rows of a plan."""
+    todo = np.zeros(int(wanted.sum()), TODO_DTYPE)
+    for name in ("vector_id", "image_hash", "text_hash", "etag_hash", "unit"):
+        todo[name] = plan[name][wanted]
+    for name in ("attempts", "first_seen"):
+        todo[name] = np.where(retried, stored[name], 0)[wanted]
+    return todo

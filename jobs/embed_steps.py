@@ -14,14 +14,17 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from encoders.spec import PreprocessSpec
 from jobs.catalog import Catalog
 from jobs.config import EmbedConfig
-from jobs.diff import locate
+from jobs.duplicates import BatchImages, SharedVectors
+from jobs.embed_images import Fault, decode_images
+from jobs.embed_images import load_pixels as load_pixels
 from jobs.fetch import fetch_images
-from jobs.images import ImageRejected, ImagesConfig, RejectReason, decode_image
+from jobs.images import ImageRejected, ImagesConfig, RejectReason
 from jobs.items import Item, read_items
+from jobs.schemas import hash63
 from jobs.space import VectorSpace
+from jobs.state import take_rows
 from jobs.store import Store
 
 if TYPE_CHECKING:
@@ -29,14 +32,19 @@ if TYPE_CHECKING:
 
 Batch = dict[str, npt.NDArray[Any]]
 BoolArray = npt.NDArray[np.bool_]
-Fault = ImageRejected | None
 MIN_NORM, MAX_NORM = 0.99, 1.01
+PLANNED = ("vector_id", "image_hash", "text_hash", "etag_hash", "first_seen", "attempts")
 NO_IMAGE_COLUMN = "the catalog has no image column"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedTask:
-    """What the steps of one embedding run share; small, sent to every task once."""
+    """What the steps of one embedding run share; small, sent to every task once.
+
+    Attributes:
+        image_vectors: Handle of the run's `jobs.duplicates.ImageVectors`; None: equal images are
+            found within a batch alone.
+    """
 
     catalog: Catalog
     images: ImagesConfig
@@ -44,6 +52,7 @@ class EmbedTask:
     store: Store
     space: VectorSpace
     generation: int
+    image_vectors: Any | None = None
 
     @property
     def loads_images(self) -> bool:
@@ -51,48 +60,64 @@ class EmbedTask:
         return "image" in self.space.takes and "image" in self.catalog.columns
 
     @property
+    def shares_images(self) -> bool:
+        """Whether an image's vector is made from its bytes alone, so that equal ones share it."""
+        return (
+            self.loads_images and "image" in self.space.columns and self.space.fusion.kind == "sum"
+        )
+
+    @property
     def loads_texts(self) -> bool:
         """Whether texts are tokenised."""
         return "text" in self.space.takes
 
 
-def prepare_rows(batch: Batch, *, task: EmbedTask, todo: ray.ObjectRef) -> Iterator[Batch]:
-    """Read units of the catalog; fetch, decode and tokenise their planned items.
+def prepare_rows(batch: Batch, *, task: EmbedTask, todo: list[ray.ObjectRef]) -> Iterator[Batch]:
+    """Read the rows of a piece of work; fetch, decode and tokenise them.
 
     Args:
-        batch: `unit`: (1,) numbers into `task.catalog.units`.
+        batch: One piece of work: `group` (1,) counts in `todo`, and `start` and `stop` (1,) in
+            its rows.
         task: What to embed with.
-        todo: Reference to the planned vector ids, (M,) int64, sorted.
+        todo: References to `TODO_DTYPE` rows, sorted by unit and vector id; one a group of units.
 
     Yields:
         Batches of B rows: keys, `pixels` (B, H, W, 3) uint8 and `tokens` (B, L) int64 where the
         fields need them, `has_image`, `has_text` and `rejected`, and `reject_reason`: empty where
-        nothing is wrong; why the row is rejected; or what a live row lacks.
+        nothing is wrong; why the row is rejected; or what a live row lacks. Where equal images
+        share their vector, `image_known` says whose is known already, with no pixels then, and
+        `image_vector` (B, D) float16 holds it.
     """
-    waiting: list[Item] = []
-    todo_ids = ray.get(todo)
-    for number in batch["unit"].tolist():
+    shared = SharedVectors(task.image_vectors, task.space.dim)
+    group, start, stop = (int(batch[name][0]) for name in ("group", "start", "stop"))
+    rows = ray.get(todo[group])[start:stop]
+    waiting: list[tuple[Item, Any]] = []
+    for number in np.unique(rows["unit"]).tolist():
+        planned = rows[rows["unit"] == number]
         for items in read_items(task.catalog, task.catalog.units[number], task.space.recipe):
-            _, planned = locate(todo_ids, np.array([i.vector_id for i in items], np.int64))
-            waiting += [item for item, wanted in zip(items, planned, strict=True) if wanted]
+            ids = np.array([item.vector_id for item in items], np.int64)
+            found, wanted = take_rows(planned, ids)
+            waiting += [(item, row) for item, row, w in zip(items, found, wanted, strict=True) if w]
             while len(waiting) >= task.embed.batch_size:
-                yield _prepare(task, waiting[: task.embed.batch_size])
+                yield _prepare(task, shared, waiting[: task.embed.batch_size])
                 waiting = waiting[task.embed.batch_size :]
     if waiting:
-        yield _prepare(task, waiting)
+        yield _prepare(task, shared, waiting)
 
 
-def _prepare(task: EmbedTask, items: Sequence[Item]) -> Batch:
+def _prepare(task: EmbedTask, shared: SharedVectors, work: Sequence[tuple[Item, Any]]) -> Batch:
+    items, planned = [item for item, _ in work], np.array([row for _, row in work])
     seconds = {"fetch_s": 0.0, "decode_s": 0.0, "tokenize_s": 0.0}
     batch: Batch = {
         "product_id": np.array([i.product_id for i in items], object),
         "image_number": np.array([i.image_number for i in items], np.int32),
-        "vector_id": np.array([i.vector_id for i in items], np.int64),
-        "content_hash": np.array([i.content_hash for i in items], np.int64),
         "image_bytes": np.zeros(len(items), np.int64),
+        "image_content": np.zeros(len(items), np.int64),
     }
+    # The hashes are the plan's: what changed since it was made differs from them in the next.
+    batch |= {name: planned[name] for name in PLANNED}
     texts = _load_tokens(task, items, batch, seconds)
-    images = _load_pixels(task, items, texts, batch, seconds)
+    images = _load_images(task, shared, items, texts, batch, seconds)
     judged = [judge_row(task.space, *faults) for faults in zip(images, texts, strict=True)]
     reasons = [fault for _, fault in judged]
     batch["rejected"] = np.array([rejected for rejected, _ in judged], bool)
@@ -155,8 +180,9 @@ def _check_text(text: str, max_chars: int) -> Fault:
     return None
 
 
-def _load_pixels(
+def _load_images(
     task: EmbedTask,
+    shared: SharedVectors,
     items: Sequence[Item],
     texts: Sequence[Fault],
     batch: Batch,
@@ -169,39 +195,26 @@ def _load_pixels(
     if not task.loads_images:
         return [ImageRejected(RejectReason.MISSING_IMAGE, NO_IMAGE_COLUMN) for _ in items]
     started = time.monotonic()
-    faults: list[Fault] = [None] * len(items)
     skips = "text" in task.space.requires
     wanted = [place for place, text in enumerate(texts) if text is None or not skips]
-    fetched = fetch_images([items[p].image for p in wanted], task.catalog.root, task.images)
-    fetch_end = time.monotonic()
-    side = task.space.preprocess.size_px
-    pixels = np.zeros((len(items), side, side, 3), np.uint8)
-    for place, data in zip(wanted, fetched, strict=True):
-        try:
-            pixels[place] = load_pixels(data, task.images, task.space.preprocess)
-            batch["image_bytes"][place] = len(data) if isinstance(data, bytes) else 0
-        except ImageRejected as reject:
-            faults[place] = reject
-    batch["pixels"] = pixels
-    seconds["fetch_s"] = fetch_end - started
-    seconds["decode_s"] = time.monotonic() - fetch_end
+    references = [items[place].image for place in wanted]
+    found = fetch_images(references, task.catalog.root, task.images)
+    fetched = dict(zip(wanted, found, strict=True))
+    for place, data in fetched.items():
+        if isinstance(data, bytes):
+            batch["image_content"][place] = hash63((data,))
+            batch["image_bytes"][place] = len(data)
+    seconds["fetch_s"] = time.monotonic() - started
+    if task.shares_images:
+        answer = shared.lookup(batch["image_content"])
+        batch["image_known"], batch["image_vector"] = answer.known, answer.vectors
+        fetched = {place: data for place, data in fetched.items() if not answer.known[place]}
+    started = time.monotonic()
+    batch["pixels"], faults = decode_images(
+        fetched, batch["image_content"], task.images, task.space.preprocess
+    )
+    seconds["decode_s"] = time.monotonic() - started
     return faults
-
-
-def load_pixels(
-    data: bytes | ImageRejected, images: ImagesConfig, preprocess: PreprocessSpec
-) -> npt.NDArray[np.uint8]:
-    """Decode one fetched image into (H, W, 3) uint8 as the encoder wants it.
-
-    Raises:
-        ImageRejected: It was not fetched, or can't be decoded.
-    """
-    from encoders.preprocess import preprocess_image
-
-    if isinstance(data, ImageRejected):
-        raise data
-    image = decode_image(data, images, min_side_px=2 * preprocess.size_px)
-    return preprocess_image(image, preprocess)
 
 
 _tokenizers: dict[str, Any] = {}
@@ -239,15 +252,27 @@ class Embedder:
 
         torch.set_num_threads(threads)
         self.task = task
+        self.shared = SharedVectors(task.image_vectors, task.space.dim)
         directory = task.store.local_copy(checkpoint_cache(), "checkpoints", task.space.encoder)
         self.encoder: Encoder = load_encoder(
             directory, precision=task.embed.precision, expected_fingerprint=task.space.encoder
         )
 
-    def __call__(self, batch: Batch) -> Batch:
+    def __call__(self, batch: Batch) -> Iterator[Batch]:
+        """Embed a block of rows in batches of `embed.batch_size`; see `embed`.
+
+        Ray must not be asked to divide it: it would also gather as many pieces of work as there
+        are rows in a batch, for one task of one actor.
+        """
+        size = self.task.embed.batch_size
+        for start in range(0, len(batch["rejected"]), size):
+            yield self.embed({name: batch[name][start : start + size] for name in batch})
+
+    def embed(self, batch: Batch) -> Batch:
         """Replace `pixels` and `tokens` by one `<name>_embedding` (B, D) float32 a stored vector.
 
-        A row is NaN where there is none.
+        A row is NaN where there is none. `images_embedded` (B,) int64 is 1 where the row's own
+        image went through the encoder, `images_reused` where the vector is that of an equal one.
         """
         started = time.monotonic()
         for name in ("reject_reason", "reject_detail"):
@@ -260,7 +285,7 @@ class Embedder:
             batch["rejected"] |= bad
             batch["reject_reason"][bad] = str(RejectReason.BAD_VECTOR)
             batch["reject_detail"][bad] = f"the encoder's {name} vector is not of unit length"
-        dropped = ("pixels", "tokens", "has_image", "has_text")
+        dropped = ("pixels", "tokens", "has_image", "has_text", "image_known", "image_vector")
         kept = {name: column for name, column in batch.items() if name not in dropped}
         kept |= {f"{name}_embedding": rows for name, rows in vectors.items()}
         rows = len(batch["rejected"])
@@ -268,16 +293,41 @@ class Embedder:
         return kept
 
     def _embed(self, batch: Batch, good: BoolArray) -> dict[str, Any]:
-        space = self.task.space
-        size = (len(good), space.dim)
-        vectors = {name: np.full(size, np.nan, np.float32) for name in space.columns}
-        if good.any():
+        size = (len(good), self.task.space.dim)
+        vectors = {name: np.full(size, np.nan, np.float32) for name in self.task.space.columns}
+        embedded = has_image = good & batch["has_image"]
+        if self.task.shares_images:
+            embedded = self._embed_shared(batch, good, vectors)
+        elif good.any():
             pixels = _as_uint8(batch["pixels"][good]) if self.task.loads_images else None
             tokens = batch["tokens"][good] if self.task.loads_texts else None
             masks = batch["has_image"][good], batch["has_text"][good]
             for name, rows in self.encoder.encode_products(pixels, tokens, *masks).items():
                 vectors[name][good] = rows
+        batch["images_embedded"] = embedded.astype(np.int64)
+        batch["images_reused"] = (has_image & ~embedded).astype(np.int64)
         return vectors
+
+    def _embed_shared(self, batch: Batch, good: BoolArray, vectors: dict[str, Any]) -> BoolArray:
+        """Fill the vectors of the good rows; return whose own image went through the encoder."""
+        rows = np.flatnonzero(good & batch["has_image"])
+
+        def encode(places: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+            pixels, all_of = _as_uint8(batch["pixels"][rows[places]]), np.ones(len(places), bool)
+            return self.encoder.encode_products(pixels, None, all_of, ~all_of)["image"]
+
+        riding = batch["image_known"][rows], batch["image_vector"][rows]
+        images = BatchImages(self.shared, batch["image_content"][rows], riding, encode)
+        images.embed_claimed(int(batch["vector_id"][0]))
+        if self.task.loads_texts:
+            mask = good & batch["has_text"]
+            found = self.encoder.encode_products(None, batch["tokens"], ~mask, mask)
+            vectors["text"] = found["text"]
+        images.await_others()
+        vectors["image"][rows] = images.vectors
+        embedded = np.zeros(len(good), bool)
+        embedded[rows] = images.embedded
+        return embedded
 
     def _needs(self, name: str, batch: Batch) -> BoolArray:
         """Say which rows must have a vector: only a weighted sum goes on without one."""

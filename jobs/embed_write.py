@@ -13,19 +13,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.embed_steps import Batch, BoolArray, EmbedTask
-from jobs.schemas import EMBEDDING_FIELDS, EMBEDDINGS, REJECT, UPSERT
+from jobs.schemas import DELETE, EMBEDDING_FIELDS, EMBEDDINGS, REJECT, UPSERT
 from jobs.store import DataFile, Store
+
+HASHES = ("image_hash", "text_hash", "etag_hash", "image_content")
+IMAGE_COUNTS = ("images_embedded", "images_reused")
 
 
 def write_rows(batch: Batch, *, task: EmbedTask) -> pa.Table:
-    """Write one data file of the embeddings table; return one small row that describes it."""
+    """Write one data file of the embeddings table; return one small row that describes it.
+
+    Among it, how many images went through the encoder, and how many have an equal one's vector.
+    """
     started = time.monotonic()
     rows = len(batch["vector_id"])
     bad = np.array(batch["rejected"], bool)
     reasons = np.array(batch["reject_reason"], object)
     columns: dict[str, Any] = {
-        name: batch[name] for name in ("product_id", "image_number", "vector_id", "content_hash")
+        name: batch[name] for name in ("product_id", "image_number", *HASHES, "vector_id")
     }
+    now_us = time.time_ns() // 1000
+    columns["written_at"] = np.full(rows, now_us, np.int64)
+    columns["first_seen"] = _seen(batch["first_seen"], bad, now_us)
+    columns["attempts"] = pa.array(batch["attempts"] + 1, pa.int32(), mask=~bad)
     columns["generation"] = np.full(rows, task.generation, np.int64)
     columns["operation"] = np.where(bad, REJECT, UPSERT).astype(object)
     columns["encoder"] = np.full(rows, task.space.encoder, object)
@@ -45,7 +55,7 @@ def write_rows(batch: Batch, *, task: EmbedTask) -> pa.Table:
     )
     file = write_data_file(task.store, table, task.generation)
     names, counts = np.unique(reasons[bad].astype(str), return_counts=True)
-    sums = ("fetch_s", "decode_s", "tokenize_s", "embed_s", "image_bytes")
+    sums = ("fetch_s", "decode_s", "tokenize_s", "embed_s", "image_bytes", *IMAGE_COUNTS)
     row = {name: [batch[name].sum()] for name in sums}
     described = {
         "path": [file.path],
@@ -59,6 +69,12 @@ def write_rows(batch: Batch, *, task: EmbedTask) -> pa.Table:
     return pa.table(row | described)
 
 
+def _seen(before: npt.NDArray[np.int64], bad: BoolArray, now_us: int) -> pa.Array:
+    """Return when each reject was refused first; null for live rows."""
+    seen = pa.array(np.where(before > 0, before, now_us), mask=~bad)
+    return seen.cast(pa.timestamp("us", "UTC"))
+
+
 def _list_array(vectors: npt.NDArray[np.float32] | None, bad: BoolArray) -> pa.Array:
     """Pack (N, D) vectors, rounded to float16, as lists; null where the row is bad or NaN."""
     if vectors is None:
@@ -69,6 +85,30 @@ def _list_array(vectors: npt.NDArray[np.float32] | None, bad: BoolArray) -> pa.A
     ends = np.concatenate([[0], np.cumsum(~bad)]).astype(np.int32) * vectors.shape[1]
     offsets = pa.array(ends, mask=np.append(bad, False))
     return pa.ListArray.from_arrays(offsets, pa.array(good.reshape(-1), pa.float32()))
+
+
+def write_deletes(store: Store, vector_ids: npt.NDArray[np.int64], task: EmbedTask) -> DataFile:
+    """Write delete rows of vector ids; return the file.
+
+    Args:
+        store: The store.
+        vector_ids: (N,) int64.
+        task: Names generation and encoder.
+    """
+    rows = len(vector_ids)
+    columns = {
+        "vector_id": pa.array(vector_ids),
+        "generation": pa.array(np.full(rows, task.generation, np.int64)),
+        "operation": pa.array([DELETE] * rows),
+        "written_at": pa.array(np.full(rows, time.time_ns() // 1000)).cast(
+            EMBEDDINGS.field("written_at").type
+        ),
+        "encoder": pa.array([task.space.encoder] * rows),
+    }
+    table = pa.table(
+        {f.name: columns.get(f.name, pa.nulls(rows, f.type)) for f in EMBEDDINGS}, EMBEDDINGS
+    )
+    return write_data_file(store, table, task.generation)
 
 
 def write_data_file(store: Store, table: pa.Table, generation: int) -> DataFile:

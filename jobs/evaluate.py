@@ -42,6 +42,8 @@ class Evaluation:
     """What was measured.
 
     Attributes:
+        release: The release that was asked; None: a candidate was.
+        candidate: The run that built it.
         queries: How many were measured.
         default_field: The field that a search without a field uses.
         metrics: By kind of query, then field: queries, index, exact, cost (exact minus index),
@@ -52,7 +54,8 @@ class Evaluation:
         report: Address of report.html.
     """
 
-    release: int
+    release: int | None
+    candidate: str | None
     queries: int
     default_field: str
     metrics: dict[str, dict[str, Figures]]
@@ -62,13 +65,20 @@ class Evaluation:
     report: str
 
 
-def evaluate(config: JobConfig, progress: Progress, version: int | None = None) -> Evaluation:
+def evaluate(
+    config: JobConfig,
+    progress: Progress,
+    version: int | None = None,
+    *,
+    candidate: str | None = None,
+) -> Evaluation:
     """Ask a release the labelled queries, through the index and exactly; write a report.
 
     Args:
         config: The job; `evaluate.queries` names the queries.
         progress: Shows what happens.
         version: The release; the newest if None.
+        candidate: Run that built an index version without publishing it; then that is asked.
 
     Raises:
         ConfigError: No queries are configured, or the release lacks the category column.
@@ -78,11 +88,12 @@ def evaluate(config: JobConfig, progress: Progress, version: int | None = None) 
     if config.evaluate.queries is None:
         raise ConfigError(f"{KEY} is not set: name a Parquet file of labelled queries")
     store = Store(config.store)
-    release = store.release(version)
+    release = store.release(version) if candidate is None else store.candidate(candidate)
     catalog_root = read_catalog(config.catalog, need_images=False, need_text=False).root
     file = read_queries(config.evaluate)
     with ray_session(config.ray):
-        progress.stage(f"ask release {release.version} {len(file.queries):,} queries")
+        named = f"release {release.version}" if candidate is None else f"candidate {candidate}"
+        progress.stage(f"ask {named} {len(file.queries):,} queries")
         answers = ask_release(
             store, release, file.queries, file.root, config.images, config.evaluate.category
         )
@@ -90,11 +101,12 @@ def evaluate(config: JobConfig, progress: Progress, version: int | None = None) 
         if not answers.queries:
             raise CatalogError(f"{KEY} {config.evaluate.queries}: {_why_none(file, skipped)}")
         progress.stage("search exactly")
-        exact = _search_exactly(store, release, answers)
+        exact = _search_exactly(store, release, answers, config.ray.bucket_rows)
     progress.stage("measure")
     metrics, paired = _measure(answers, exact)
     evaluation = Evaluation(
-        release=release.version,
+        release=release.version if candidate is None else None,
+        candidate=candidate,
         queries=len(answers.queries),
         default_field=next(iter(answers.fields)),
         metrics=metrics,
@@ -119,9 +131,9 @@ def _why_none(file: QueryFile, skipped: dict[str, dict[str, Any]]) -> str:
     return f"none of {len(file.queries)} queries can be used ({counts}; {example})"
 
 
-def _search_exactly(store: Store, release: Release, answers: Answers) -> Rankings:
+def _search_exactly(store: Store, release: Release, answers: Answers, bucket_rows: int) -> Rankings:
     """Search all kinds at once: each data file is read once a field."""
-    live = release_rows(store, release)
+    live = release_rows(store, release, bucket_rows)
     kinds = list(answers.asked)
     queries = np.concatenate([answers.asked[kind].vectors for kind in kinds])
     bounds = np.cumsum([len(answers.asked[kind].vectors) for kind in kinds])[:-1].tolist()

@@ -3,20 +3,26 @@
 Letters: N rows, Q queries, D dimension, K neighbours.
 """
 
+import json
 import shutil
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 import ray
 
 from indexing.search import group_by_product
+from jobs.buckets import make_groups, scatter, split_rows, turn
 from jobs.cluster import gather
-from jobs.diff import locate, read_state
+from jobs.errors import StoreError
 from jobs.ids import Ids
+from jobs.live import LIVE_DTYPE, Live, LiveRows
 from jobs.space import VectorField
+from jobs.state import ROW_GROUP_ROWS, locate, read_row_groups, rows_address
 from jobs.store import Release, Store, scratch_folder
-from jobs.vectors import LiveRows, exact_search, mark_first
+from jobs.vectors import exact_search
 
 MAX_DEPTH = 2048  # neighbours a query: bounds memory where a product has hundreds of images
 
@@ -24,38 +30,92 @@ Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
 
 
-def release_rows(store: Store, release: Release) -> LiveRows:
+def release_rows(store: Store, release: Release, bucket_rows: int) -> LiveRows:
     """Find the rows of the embeddings table that a release was made of.
 
     Args:
         store: The store.
-        release: The release; its version of the table is read, whatever came later.
+        release: The release; what came to the table later has no part in it.
+        bucket_rows: About how many rows one task reads.
 
     Raises:
-        StoreError: The release or that version of the table is missing or damaged.
+        StoreError: The release is missing or damaged.
     """
-    state = read_state(store, release.embeddings_version, release.encoder)
-    files = store.embedding_files(release.embeddings_version)
-    live: LiveRows = gather([_live_rows.remote(store, release, state, files)])[0]
-    return live
+    manifest = store.read_json("indexes", release.indexes, "manifest.json")
+    address = rows_address(store, release)
+    names = read_file_names(store, address)
+    files = make_groups(len(names), release.vectors, bucket_rows)
+    starts = np.array([group.start for group in files], np.int64)
+    row_groups = make_groups(-(-release.vectors // ROW_GROUP_ROWS), release.vectors, bucket_rows)
+    heads, parts = scatter(_split_released, row_groups, len(files), store, address, starts)
+    live = sum(gather(heads))
+    filled = turn(parts, len(files))
+    kept = [number for number in range(len(files)) if live[number]]
+    return LiveRows(
+        files=[(files[n].start, names[files[n].start : files[n].stop]) for n in kept],
+        parts=[filled[n] for n in kept],
+        vectors=release.vectors,
+        products=release.products,
+        rejected=release.rejected,
+        most_images=int(manifest["most_images"]),
+    )
+
+
+def release_live(store: Store, release: Release, bucket_rows: int) -> Live:
+    """Return a release's rows as a join gives them, for indexes that are built of them anew.
+
+    Args:
+        store: The store.
+        release: The release.
+        bucket_rows: About how many rows one task reads.
+
+    Raises:
+        StoreError: The release is missing or damaged.
+    """
+    address = rows_address(store, release)
+    groups = make_groups(-(-release.vectors // ROW_GROUP_ROWS), release.vectors, bucket_rows)
+    heads, parts = scatter(_split_released, groups, 1, store, address, np.zeros(1, np.int64))
+    gather(heads)
+    return Live(
+        rows=release_rows(store, release, bucket_rows),
+        buckets=[part for (part,) in parts],
+        stale=[],
+        names=read_file_names(store, address),
+        reasons=Counter(),
+        examples={},
+        contents={},
+        distinct=0,
+    )
+
+
+def read_file_names(store: Store, address: str) -> list[str]:
+    """Return the data files that a `rows.parquet` counts in.
+
+    Raises:
+        StoreError: It can't be read.
+    """
+    try:
+        with store.filesystem().open(address, "rb") as handle:
+            metadata = pq.read_schema(handle).metadata or {}
+    except OSError as error:
+        raise StoreError(f"{address} can't be read: {error}") from error
+    names: list[str] = json.loads(metadata[b"files"])
+    return names
 
 
 @ray.remote(num_cpus=1)
-def _live_rows(
-    store: Store, release: Release, state: npt.NDArray[np.void], files: list[str]
-) -> LiveRows:
-    ids = _open_ids(store, release)
-    places, _ = locate(state["vector_id"], ids.vector_id)
-    encoded = ids.table["product_id"].combine_chunks().dictionary_encode()
-    product = encoded.indices.to_numpy().astype(np.int64)
-    return LiveRows(
-        vector_id=np.array(ids.vector_id),
-        generation=state["generation"][places],
-        product=product,
-        first=mark_first(product, ids.table["image_number"].to_numpy()),
-        files=tuple(files[number] for number in np.unique(state["file"][places])),
-        rejected=release.rejected,
-    )
+def _split_released(
+    store: Store, address: str, starts: Int64Array, groups: range, parts: int
+) -> tuple[Any, ...]:
+    """Return how many live rows each group of files has, and the rows of each."""
+    names = ("vector_id", "generation", "metadata_hash", "file", "row", "first")
+    table = read_row_groups(store, address, groups, list(names))
+    rows = np.zeros(table.num_rows, LIVE_DTYPE)
+    for name in names:
+        rows[name] = table[name].to_numpy()
+    number = np.searchsorted(starts, rows["file"], side="right") - 1
+    counts = np.bincount(number, minlength=parts).astype(np.int64)
+    return counts, *split_rows(rows, number, parts)
 
 
 def search_release(
@@ -82,11 +142,10 @@ def search_release(
     Raises:
         StoreError: Vectors are missing.
     """
-    rows = live.select(field.name)
     # Images of one product can take no more than their own number of places before the k-th.
-    most_images = int(np.unique(rows.product, return_counts=True)[1].max())
-    depth = min(len(rows.vector_id), max(k, min(MAX_DEPTH, k * most_images)))
-    found = exact_search(store, field, ray.put(rows), live.files, ray.put(queries), depth)
+    most_images = 1 if field.name == "text" else live.most_images
+    depth = min(live.count(field.name), max(k, min(MAX_DEPTH, k * most_images)))
+    found = exact_search(store, field, live, ray.put(queries), depth)
     products: list[list[str]] = gather([_products.remote(store, release, ray.put(found), k)])[0]
     return products
 
@@ -111,7 +170,7 @@ def _open_ids(store: Store, release: Release) -> Ids:
     entry: dict[str, Any] = store.read_json("indexes", release.indexes, "manifest.json")["ids"]
     cache = scratch_folder("ids")
     try:
-        path = store.local_copy(cache, "indexes", release.indexes, entry["file"])
+        path = store.local_copy(cache, "indexes", entry["folder"], entry["file"])
         return Ids(path, sha256=entry["sha256"])
     finally:
         shutil.rmtree(cache)

@@ -1,4 +1,4 @@
-"""Image references to bytes: from local files, S3 and http(s), in parallel, within limits.
+"""Image references to bytes or ETags: local files, S3 and http(s), in parallel, within limits.
 
 A catalog is written by others, so a reference is not trusted: a relative one can't leave the
 catalog's folder, and http(s) reaches only the hosts that the operator lists, at addresses that
@@ -7,26 +7,34 @@ this process's own rights: run catalogs of strangers under an account that may r
 """
 
 import errno
-import functools
 import os
 import posixpath
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, TypeVar
 from urllib.parse import unquote
 
-import botocore.exceptions
-import fsspec
 import tenacity
-from fsspec.asyn import sync as run_on_loop
 
 from jobs.fetch_http import DEFAULT_PORTS, HttpFetcher
+from jobs.fetch_s3 import read_s3, read_s3_etag
 from jobs.images import ImageRejected, ImagesConfig, RejectReason, check_size
 
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_NO_FILE_ERRNO: Final = (
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EINVAL,
+    errno.EISDIR,
+    errno.ENXIO,
+    errno.ENODEV,
+)
+_Reference = str | bytes | None
+_Place = Path | str
+_Found = TypeVar("_Found")
 
 
 def fetch_images(
@@ -50,6 +58,39 @@ def fetch_images(
     Raises:
         ValueError: root is neither local nor s3://.
     """
+    return _map_references(_fetch_or_reject, references, root, config)
+
+
+def read_etags(
+    references: Sequence[str | bytes | None], root: str, config: ImagesConfig
+) -> list[str]:
+    """Read what identifies each reference's present content, without reading the content.
+
+    That is the ETag of a HEAD request (over http(s), where there is none, Last-Modified and
+    Content-Length), or a local file's size and time of change in nanoseconds. Compare it only
+    with what the same reference gave before.
+
+    Args:
+        references: As for `fetch_images`.
+        root: As for `fetch_images`.
+        config: Limits; the same hosts, addresses, deadline and retries hold.
+
+    Returns:
+        For each reference such a text; "" where nothing is known: after any fault, for None, and
+        for bytes, which are their own identity.
+
+    Raises:
+        ValueError: root is neither local nor s3://.
+    """
+    return _map_references(_etag_or_unknown, references, root, config)
+
+
+def _map_references(
+    answer: Callable[[_Reference, str, ImagesConfig, HttpFetcher], _Found],
+    references: Sequence[_Reference],
+    root: str,
+    config: ImagesConfig,
+) -> list[_Found]:
     if _scheme_of(root) not in ("", "file", "s3"):
         raise ValueError(f"catalog root must be a local path or s3://, found {root!r}")
     if not references:
@@ -58,14 +99,11 @@ def fetch_images(
         HttpFetcher(config) as http,
         ThreadPoolExecutor(min(config.concurrency, len(references))) as threads,
     ):
-        fetch = functools.partial(_fetch_or_reject, root=root, config=config, http=http)
-        return list(threads.map(fetch, references))
+        return list(threads.map(lambda one: answer(one, root, config, http), references))
 
 
-def _fetch_or_reject(
-    reference: str | bytes | None, *, root: str, config: ImagesConfig, http: "HttpFetcher"
-) -> bytes | ImageRejected:
-    attempts = tenacity.Retrying(
+def _attempts(config: ImagesConfig) -> tenacity.Retrying:
+    return tenacity.Retrying(
         stop=tenacity.stop_after_attempt(config.retries + 1),
         wait=tenacity.wait_random_exponential(multiplier=0.2, max=5),
         retry=tenacity.retry_if_exception(
@@ -73,11 +111,16 @@ def _fetch_or_reject(
         ),
         reraise=True,
     )
+
+
+def _fetch_or_reject(
+    reference: _Reference, root: str, config: ImagesConfig, http: HttpFetcher
+) -> bytes | ImageRejected:
     try:
         if reference is None or reference == "":
             raise ImageRejected(RejectReason.MISSING_IMAGE, "no image given")
         if isinstance(reference, str):
-            reference = attempts(_read_uri, reference, root, config, http)
+            reference = _attempts(config)(_read_place, _locate(reference, root), config, http)
         if not reference:
             raise ImageRejected(RejectReason.EMPTY_FILE, "0 bytes")
         check_size(len(reference), config)
@@ -86,27 +129,53 @@ def _fetch_or_reject(
     return reference
 
 
-def _read_uri(uri: str, root: str, config: ImagesConfig, http: "HttpFetcher") -> bytes:
+def _etag_or_unknown(
+    reference: _Reference, root: str, config: ImagesConfig, http: HttpFetcher
+) -> str:
+    if not isinstance(reference, str) or not reference:
+        return ""
+    try:
+        return _attempts(config)(_read_etag, _locate(reference, root), config, http)
+    except ImageRejected:  # the fault is reported when the image itself is read
+        return ""
+
+
+def _read_place(place: _Place, config: ImagesConfig, http: HttpFetcher) -> bytes:
+    if isinstance(place, Path):
+        return _read_local(place, config)
+    if _scheme_of(place) == "s3":
+        return read_s3(place, config)
+    return http.read(place)
+
+
+def _read_etag(place: _Place, config: ImagesConfig, http: HttpFetcher) -> str:
+    if isinstance(place, Path):
+        return _read_local_etag(place)
+    if _scheme_of(place) == "s3":
+        return read_s3_etag(place, config)
+    return http.read_etag(place)
+
+
+def _locate(uri: str, root: str) -> _Place:
+    """Return the local path, or the s3:// or http(s):// URI, that a reference names."""
     if any(ord(letter) < 32 or "\ud800" <= letter <= "\udfff" for letter in uri):
         raise ImageRejected(RejectReason.BAD_URI, f"{uri!r} holds a control character")
     scheme = _scheme_of(uri)
-    if scheme in DEFAULT_PORTS:
-        return http.read(uri)
-    if scheme == "s3":
-        return _read_s3(uri, config)
+    if scheme in DEFAULT_PORTS or scheme == "s3":
+        return uri
     if scheme == "file":
-        return _read_local(_path_of_file_uri(uri), config)
+        return _path_of_file_uri(uri)
     if scheme or uri.startswith("data:"):
         raise ImageRejected(RejectReason.BAD_URI, f"scheme of {uri[:80]!r} is not read")
     if uri.startswith("/"):
-        return _read_local(Path(uri), config)
+        return Path(uri)
     # The name is literal, but one that would climb out once decoded is up to no good.
     if any(_climbs(name) for name in (uri, unquote(uri))):
         raise ImageRejected(RejectReason.OUTSIDE_CATALOG, f"{uri!r} leaves the catalog's folder")
     if _scheme_of(root) == "s3":
-        return _read_s3(f"{root.rstrip('/')}/{posixpath.normpath(uri)}", config)
+        return f"{root.rstrip('/')}/{posixpath.normpath(uri)}"
     folder = _path_of_file_uri(root) if _scheme_of(root) else Path(root)
-    return _read_below(folder, uri, config)
+    return _path_below(folder, uri)
 
 
 def _scheme_of(uri: str) -> str:
@@ -127,14 +196,16 @@ def _path_of_file_uri(uri: str) -> Path:
     return Path("/" + path)
 
 
-def _read_below(folder: Path, name: str, config: ImagesConfig) -> bytes:
+def _path_below(folder: Path, name: str) -> Path:
     try:
         base, path = folder.resolve(), (folder / name).resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+    except OSError as error:
+        raise _explain_local(error, folder / name) from error
+    except RuntimeError as error:  # a loop of links, before Python 3.13
         raise ImageRejected(RejectReason.BAD_URI, f"{name!r}: {error}") from error
     if not path.is_relative_to(base):
         raise ImageRejected(RejectReason.OUTSIDE_CATALOG, f"{name!r} is a link out of the catalog")
-    return _read_local(path, config)
+    return path
 
 
 def _read_local(path: Path, config: ImagesConfig) -> bytes:
@@ -147,62 +218,24 @@ def _read_local(path: Path, config: ImagesConfig) -> bytes:
                 raise ImageRejected(RejectReason.BAD_URI, f"{path} is not a regular file")
             check_size(status.st_size, config)
             return file.read(config.max_bytes + 1)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ImageRejected(RejectReason.NOT_FOUND, f"no file {path}") from error
     except OSError as error:
-        never = error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EISDIR)
-        reason = RejectReason.BAD_URI if never else RejectReason.UNREACHABLE
-        raise ImageRejected(reason, f"{path}: {error.strerror}") from error
+        raise _explain_local(error, path) from error
 
 
-@functools.cache
-def _s3_filesystem(timeout_s: float, concurrency: int) -> Any:  # noqa: ANN401 - s3fs has no types
-    """Build one per setting: fsspec's own cache would make one in every thread."""
-    return fsspec.filesystem(
-        "s3",
-        skip_instance_cache=True,
-        config_kwargs={
-            "connect_timeout": timeout_s,
-            "read_timeout": timeout_s,
-            "max_pool_connections": concurrency,
-            "retries": {"max_attempts": 2, "mode": "standard"},
-        },
-    )
-
-
-async def _get_object(filesystem: Any, bucket: str, key: str, limit: int) -> bytes:  # noqa: ANN401
-    """Read at most limit bytes. Not cat_file(): it takes `?versionId=` out of a key."""
-    response = await filesystem._call_s3("get_object", Bucket=bucket, Key=key)
-    async with response["Body"] as body:
-        parts, size = [], 0
-        while size < limit and (part := await body.read(min(limit - size, 1 << 20))):
-            parts.append(part)
-            size += len(part)
-        return b"".join(parts)
-
-
-def _read_s3(uri: str, config: ImagesConfig) -> bytes:
-    bucket, _, key = uri[len("s3://") :].partition("/")
-    if not bucket or not key:
-        raise ImageRejected(RejectReason.BAD_URI, f"{uri!r} names no object")
-    files = _s3_filesystem(config.timeout_s, config.concurrency)
-    limit = config.max_bytes + 1
+def _read_local_etag(path: Path) -> str:
     try:
-        found: bytes = run_on_loop(
-            files.loop, _get_object, files, bucket, key, limit, timeout=config.timeout_s
-        )
-    except FileNotFoundError as error:
-        raise ImageRejected(RejectReason.NOT_FOUND, f"no object {uri}") from error
-    except PermissionError as error:  # also a missing object, where listing is not allowed
-        raise ImageRejected(RejectReason.HTTP_ERROR, f"{uri}: access denied") from error
-    except (botocore.exceptions.ParamValidationError, ValueError) as error:
-        raise ImageRejected(RejectReason.BAD_URI, f"{uri}: {error}") from error
-    except (
-        TimeoutError,  # fsspec's own is one
-        botocore.exceptions.ConnectTimeoutError,
-        botocore.exceptions.ReadTimeoutError,
-    ) as error:
-        raise ImageRejected(RejectReason.TIMEOUT, f"{uri}: {config.timeout_s} s") from error
-    except (OSError, botocore.exceptions.BotoCoreError) as error:
-        raise ImageRejected(RejectReason.UNREACHABLE, f"{uri}: {error}") from error
-    return found
+        status = path.stat()
+    except OSError as error:
+        raise _explain_local(error, path) from error
+    return f"{status.st_size} {status.st_mtime_ns}" if stat.S_ISREG(status.st_mode) else ""
+
+
+def _explain_local(error: OSError, path: Path) -> ImageRejected:
+    """Tell what no later run will read from a fault of the disk or of the machine, which passes."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return ImageRejected(RejectReason.NOT_FOUND, f"no file {path}")
+    if isinstance(error, PermissionError):
+        return ImageRejected(RejectReason.ACCESS_DENIED, f"{path}: {error.strerror}")
+    never = error.errno in _NO_FILE_ERRNO
+    reason = RejectReason.BAD_URI if never else RejectReason.UNREACHABLE
+    return ImageRejected(reason, f"{path}: {error.strerror}")

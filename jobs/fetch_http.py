@@ -1,4 +1,4 @@
-"""Reads bytes over http(s): allowed hosts only, every resolved address and redirect checked."""
+"""Reads bytes and ETags over http(s): listed hosts only, each address and redirect checked."""
 
 import functools
 import ipaddress
@@ -7,8 +7,8 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterable
-from typing import Any, Final
+from collections.abc import Callable, Iterable
+from typing import Any, Final, TypeVar
 
 import httpcore
 import httpx
@@ -26,6 +26,9 @@ _METADATA: Final = (
 _NAT64: Final = ipaddress.ip_network("64:ff9b::/96")
 # "Too early", "too many requests" and "request timeout" ask for another try.
 _BUSY_STATUS: Final = (408, 425, 429)
+# "Method not allowed" and "not implemented": what a server says that knows no HEAD.
+_NO_HEAD_STATUS: Final = (405, 501)
+_Found = TypeVar("_Found", bytes, str)
 
 
 def _check_address(address: _IpAddress, *, named: bool) -> None:
@@ -136,7 +139,10 @@ class _CheckedBackend(httpcore.NetworkBackend):
     ) -> httpcore.NetworkStream:
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
+        except UnicodeError as error:  # no server will ever know such a name
+            detail = f"{host!r} is not a host: {error}"
+            raise ImageRejected(RejectReason.BAD_URI, detail) from error
+        except OSError as error:
             raise httpcore.ConnectError(f"can't resolve {host}: {error}") from error
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
         named = _as_address(host) is not None
@@ -181,15 +187,32 @@ class HttpFetcher:
         Raises:
             ImageRejected: With the reason; unreachable and timeout are worth another try.
         """
+        return self._follow(uri, "GET", self._read_body)
+
+    def read_etag(self, uri: str) -> str:
+        """Ask by HEAD what identifies the present content, following redirects as `read` does.
+
+        Returns:
+            The ETag, strong or weak; else Last-Modified and Content-Length; empty if the server
+            sends neither or knows no HEAD.
+
+        Raises:
+            ImageRejected: As `read`.
+        """
+        return self._follow(uri, "HEAD", _read_etag)
+
+    def _follow(
+        self, uri: str, method: str, take: Callable[[httpx.URL, httpcore.Response], _Found]
+    ) -> _Found:
         try:
             self._clock.start(self._config.timeout_s)
             url = httpx.URL(uri)
             for _ in range(MAX_REDIRECTS + 1):
-                found = self._request(url)
-                if isinstance(found, bytes):
+                found = self._request(url, method, take)
+                if not isinstance(found, httpx.URL):
                     return found
                 url = found
-        except (httpx.InvalidURL, UnicodeError) as error:
+        except (httpx.InvalidURL, UnicodeError, httpcore.LocalProtocolError) as error:
             raise ImageRejected(RejectReason.BAD_URI, f"not a URL: {error}") from error
         except httpcore.TimeoutException as error:
             detail = f"{url.host}: over {self._config.timeout_s} s"
@@ -198,8 +221,13 @@ class HttpFetcher:
             raise ImageRejected(RejectReason.UNREACHABLE, f"{url.host}: {error}") from error
         raise ImageRejected(RejectReason.HTTP_ERROR, f"over {MAX_REDIRECTS} redirects")
 
-    def _request(self, url: httpx.URL) -> bytes | httpx.URL:
-        """Return the body, or where the server sends us."""
+    def _request(
+        self,
+        url: httpx.URL,
+        method: str,
+        take: Callable[[httpx.URL, httpcore.Response], _Found],
+    ) -> _Found | httpx.URL:
+        """Return what `take` makes of the answer, or where the server sends us."""
         _check_host(url, self._config)
         target = httpcore.URL(
             scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path
@@ -210,14 +238,15 @@ class HttpFetcher:
             ("Accept-Encoding", "identity"),
         ]
         extensions = {"timeout": {"pool": self._clock.left_s()}}
-        with self._pool.stream("GET", target, headers=headers, extensions=extensions) as reply:
+        with self._pool.stream(method, target, headers=headers, extensions=extensions) as reply:
             fields = httpx.Headers(reply.headers)
             if reply.status in (301, 302, 303, 307, 308) and "location" in fields:
                 return url.join(fields["location"])
-            _check_status(reply.status, url.host)
-            return self._read_body(reply, fields)
+            return take(url, reply)
 
-    def _read_body(self, reply: httpcore.Response, fields: httpx.Headers) -> bytes:
+    def _read_body(self, url: httpx.URL, reply: httpcore.Response) -> bytes:
+        _check_status(reply.status, url.host)
+        fields = httpx.Headers(reply.headers)
         encoding = fields.get("content-encoding", "identity")
         if encoding != "identity":  # never asked for; unpacking it could fill the memory
             raise ImageRejected(RejectReason.HTTP_ERROR, f"Content-Encoding {encoding}")
@@ -231,16 +260,32 @@ class HttpFetcher:
         return bytes(body)
 
 
+def _read_etag(url: httpx.URL, reply: httpcore.Response) -> str:
+    if reply.status in _NO_HEAD_STATUS:  # 501 is a 5xx, but asking again will not help
+        return ""
+    _check_status(reply.status, url.host)
+    fields = httpx.Headers(reply.headers)
+    etag: str = fields.get("etag", "")
+    if etag.removeprefix("W/").strip('"'):
+        return etag
+    modified = fields.get("last-modified", "")
+    return f"{modified} {fields.get('content-length', '')}" if modified else ""
+
+
 def _check_status(status: int, host: str) -> None:
-    if 200 <= status < 300:
-        return
+    if not 200 <= status < 300:
+        raise ImageRejected(reason_of_status(status), f"{host} answered {status}")
+
+
+def reason_of_status(status: int) -> RejectReason:
+    """Return why there is no image, from an HTTP status that is no success."""
     if status in (404, 410):
-        reason = RejectReason.NOT_FOUND
-    elif status >= 500 or status in _BUSY_STATUS:
-        reason = RejectReason.UNREACHABLE
-    else:
-        reason = RejectReason.HTTP_ERROR
-    raise ImageRejected(reason, f"{host} answered {status}")
+        return RejectReason.NOT_FOUND
+    if status in (401, 403):
+        return RejectReason.ACCESS_DENIED
+    if status >= 500 or status in _BUSY_STATUS:
+        return RejectReason.UNREACHABLE
+    return RejectReason.HTTP_ERROR
 
 
 @functools.cache

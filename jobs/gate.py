@@ -1,28 +1,28 @@
 """What a release must show before it is published: its bad rows, its figures, and the bars."""
 
-from collections import Counter
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 
-from jobs.cluster import cluster_cpus, gather_bounded
+from jobs.cluster import gather
 from jobs.config import GateConfig
-from jobs.diff import locate, read_data_file
 from jobs.embed_steps import NO_IMAGE_COLUMN
+from jobs.ids import Ids
+from jobs.images import RejectReason
 from jobs.index import FieldIndex
+from jobs.live import Live, Reason
 from jobs.queries import Measured
 from jobs.schemas import REJECT, UPSERT
-from jobs.store import Store
-from jobs.vectors import Int64Array, LiveRows
+from jobs.state import read_data_file
+from jobs.store import Release, Store, scratch_folder
 
-EXAMPLES = 3
+PLACEHOLDERS = 10
+PLACEHOLDER_ROWS = 3
 Summary = list[dict[str, Any]]
-_Reasons = dict[str, tuple[int, list[dict[str, str]]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,113 +32,157 @@ class Built:
     Attributes:
         rejects: Rows that are not live, by reason.
         masked: Rows that are live without their image or their text, by reason.
+        placeholders: The images that most live rows share: rows, product_id, image_uri.
     """
 
     embeddings_version: int
-    live: LiveRows
+    live: Live
     rejects: Summary
     masked: Summary
+    placeholders: Summary
     indexes: list[FieldIndex]
     measured: Measured
 
 
-def summarize_rows(
-    store: Store, files: list[str], state: npt.NDArray[np.void], plan: npt.NDArray[np.void]
-) -> tuple[Summary, Summary]:
-    """Count the catalog's rows that are rejected now, and those that are live by one modality.
+def summarize_rows(store: Store, live: Live) -> tuple[Summary, Summary]:
+    """Tell the catalog's rows that are rejected now, and those that are live by one modality.
 
     Args:
         store: The store.
-        files: The data files of the version that `state` was read of.
-        state: (M,) from `jobs.diff.read_state`, after embedding.
-        plan: (N,) from `jobs.diff.scan_catalog`.
+        live: Their counts, and where to find examples.
 
     Returns:
-        Rejects and masked rows, each one dict a reason, most rows first: reason, rows, examples
-        (product_id, detail).
+        Rejects and masked rows, each one dict a reason, most rows first: reason, kind (transient
+        or permanent), rows, examples (product_id, detail).
     """
-    places, known = locate(state["vector_id"], plan["vector_id"])
-    ids = ray.put(plan["vector_id"][known])
-    generations = ray.put(state["generation"][places[known]] if len(state) else places[known])
-
-    def submit(file: str) -> Any:  # noqa: ANN401 - Ray's references are untyped
-        return _count_reasons.remote(store, file, ids, generations)
-
-    totals: dict[str, Counter[str]] = {REJECT: Counter(), UPSERT: Counter()}
-    examples: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for part in gather_bounded(submit, files, in_flight=2 * cluster_cpus()):
-        for operation, reasons in part.items():
-            for reason, (count, shown) in reasons.items():
-                totals[operation][reason] += count
-                examples.setdefault((operation, reason), []).extend(shown)
+    wanted = sorted({place for places in live.examples.values() for place in places})
+    told = gather([_read_told.remote(store, live.names, wanted)])[0] if wanted else {}
     rejects, masked = (
         [
-            {"reason": reason, "rows": rows, "examples": examples[name, reason][:EXAMPLES]}
-            for reason, rows in totals[name].most_common()
+            {
+                "reason": reason,
+                "kind": RejectReason(reason).kind,
+                "rows": rows,
+                "examples": _examples(live, told, (name, reason)),
+            }
+            for (name, reason), rows in live.reasons.most_common()
+            if name == operation
         ]
-        for name in (REJECT, UPSERT)
+        for operation in (REJECT, UPSERT)
     )
     return rejects, masked
 
 
+def _examples(live: Live, told: dict[tuple[int, int], Any], reason: Reason) -> Summary:
+    """Name some rows; where no product has a picture, the count says it all."""
+    rows = [told[place] for place in live.examples[reason]]
+    return [row for row in rows if row["detail"] != NO_IMAGE_COLUMN]
+
+
 @ray.remote(num_cpus=1)
-def _count_reasons(
-    store: Store, file: str, ids: Int64Array, generations: Int64Array
-) -> dict[str, _Reasons]:
-    """Return what is wrong with the newest rows of a file: {operation: {reason: …}}."""
-    names = ["vector_id", "generation", "operation", "product_id", "reject_reason"]
-    table = read_data_file(store, file, [*names, "reject_detail"])
-    table = table.filter(pc.is_valid(table["reject_reason"]))
-    places, known = locate(ids, table["vector_id"].to_numpy())
-    if len(ids):
-        known &= generations[places] == table["generation"].to_numpy()
-    table = table.filter(pa.array(known))
-    found: dict[str, _Reasons] = {}
-    for operation in (REJECT, UPSERT):
-        rows = table.filter(pc.equal(table["operation"], operation))
-        counts = Counter(rows["reject_reason"].to_pylist())
-        found[operation] = {r: (count, _examples(rows, r)) for r, count in counts.items()}
-    return found
+def _read_told(
+    store: Store, names: list[str], places: list[tuple[int, int]]
+) -> dict[tuple[int, int], dict[str, str]]:
+    """Read product id and detail of a few rows, by (file, row)."""
+    told = {}
+    for number in sorted({file for file, _ in places}):
+        rows = [row for file, row in places if file == number]
+        table = read_data_file(store, names[number], ["product_id", "reject_detail"])
+        for row, values in zip(rows, table.take(pa.array(rows)).to_pylist(), strict=True):
+            told[number, row] = {
+                "product_id": values["product_id"],
+                "detail": values["reject_detail"],
+            }
+    return told
 
 
-def _examples(table: pa.Table, reason: str) -> list[dict[str, str]]:
-    # Where no product has a picture, the count says it all.
-    telling = pc.and_(
-        pc.equal(table["reject_reason"], reason),
-        pc.not_equal(table["reject_detail"], NO_IMAGE_COLUMN),
-    )
-    rows = table.filter(telling).slice(0, EXAMPLES).to_pylist()
-    return [{"product_id": row["product_id"], "detail": row["reject_detail"]} for row in rows]
+def read_placeholders(store: Store, ids: dict[str, Any], live: Live) -> Summary:
+    """Name the images that most live rows share, with a product of each.
+
+    Args:
+        store: The store.
+        ids: The manifest's entry of `ids.parquet`.
+        live: Counts them.
+
+    Returns:
+        One dict an image, most rows first: rows, product_id, image_uri.
+    """
+    most = [found for found in live.contents.values() if found[0] >= PLACEHOLDER_ROWS]
+    most = most[:PLACEHOLDERS]
+    if not most:
+        return []
+    rows = gather([_find_ids.remote(store, ids, [vector_id for _, vector_id in most])])[0]
+    return [
+        {"rows": count, "product_id": row["product_id"], "image_uri": row["image_uri"]}
+        for (count, _), row in zip(most, rows, strict=True)
+    ]
 
 
-def check_gate(gate: GateConfig, rows: int, built: Built) -> list[str]:
-    """List every bar that was missed, with the figure; empty if all hold."""
-    failures = []
-    live = len(built.live.vector_id)
-    share = built.live.rejected / rows
-    if share > gate.max_reject_share:
+@ray.remote(num_cpus=1)
+def _find_ids(store: Store, entry: dict[str, Any], vector_ids: list[int]) -> Summary:
+    cache = scratch_folder("ids")
+    try:
+        path = store.local_copy(cache, "indexes", entry["folder"], entry["file"])
+        return Ids(path, sha256=entry["sha256"]).find(np.array(vector_ids, np.int64))
+    finally:
+        shutil.rmtree(cache)
+
+
+def check_gate(gate: GateConfig, rows: int, built: Built, parent: Release | None) -> list[str]:
+    """List every bar that was missed, with the figure; empty if all hold.
+
+    Args:
+        gate: The bars.
+        rows: Rows in the catalog.
+        built: What would be published.
+        parent: The newest release.
+    """
+    live = built.live.rows
+    failures = _check_counts(gate, rows, live.vectors, live.rejected)
+    if parent is not None and live.vectors < parent.vectors * (1 - gate.max_live_drop):
+        drop = 1 - live.vectors / parent.vectors
         failures.append(
-            f"{built.live.rejected} of {rows} rows rejected ({share:.1%}), "
-            f"gate.max_reject_share is {gate.max_reject_share:.1%}"
+            f"{live.vectors} rows are live, {drop:.1%} fewer than the {parent.vectors} of release "
+            f"{parent.version}, gate.max_live_drop is {gate.max_live_drop:.1%}"
         )
-    if live + built.live.rejected != rows:
-        failures.append(f"{rows} rows in, but {live} live and {built.live.rejected} rejected")
-    if not live:
-        failures.append("no row is live")
     for index in built.indexes:
-        expected = len(built.live.select(index.field).vector_id)
-        if index.ntotal != expected:
-            failures.append(f"{index.field}: {index.ntotal} vectors indexed, {expected} are live")
-        for name, value, bar in (
-            ("intersection_at_10", index.intersection_at_10, gate.min_intersection_at_10),
-            ("self_retrieval", index.self_retrieval, gate.min_self_retrieval),
-        ):
-            if value < bar:
-                failures.append(f"{index.field}: {name} {value:.3f}, gate.min_{name} is {bar:.3f}")
+        failures += _check_index(gate, index)
     found = built.measured.recall.get("recall_at_10", 0.0)
     if found < gate.min_recall_at_10:
         bar = gate.min_recall_at_10
         failures.append(f"recall_at_10 {found:.3f}, gate.min_recall_at_10 is {bar:.3f}")
+    return failures
+
+
+def _check_counts(gate: GateConfig, rows: int, live: int, rejected: int) -> list[str]:
+    failures = []
+    share = rejected / rows
+    if share > gate.max_reject_share:
+        failures.append(
+            f"{rejected} of {rows} rows rejected ({share:.1%}), "
+            f"gate.max_reject_share is {gate.max_reject_share:.1%}"
+        )
+    if live + rejected != rows:
+        failures.append(f"{rows} rows in, but {live} live and {rejected} rejected")
+    if not live:
+        failures.append("no row is live")
+    return failures
+
+
+def _check_index(gate: GateConfig, index: FieldIndex) -> list[str]:
+    failures = []
+    if index.missing or index.extra:
+        failures.append(
+            f"{index.field}: {index.missing} live ids are not in the index, {index.extra} ids in "
+            "it are not live"
+        )
+    for name, value, bar in (
+        ("intersection_at_10", index.intersection_at_10, gate.min_intersection_at_10),
+        ("self_retrieval", index.self_retrieval, gate.min_self_retrieval),
+        ("overlap_at_10", index.overlap_at_10, gate.min_overlap_at_10),
+    ):
+        if value is not None and value < bar:
+            failures.append(f"{index.field}: {name} {value:.3f}, gate.min_{name} is {bar:.3f}")
     return failures
 
 
@@ -150,6 +194,7 @@ def release_quality(built: Built) -> dict[str, Any]:
             "self_retrieval": index.self_retrieval,
             "nprobe": index.nprobe,
             "factory": index.factory,
+            "action": index.action,
         }
         for index in built.indexes
     }

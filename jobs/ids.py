@@ -1,6 +1,15 @@
-"""Writes and reads `ids.parquet`: what each vector id is, with that night's metadata."""
+"""Writes and reads what each vector id of a release is.
+
+`ids.parquet` is for serving: the product, the image, that night's metadata. `rows.parquet` is for
+the next refresh, for exact search and export: which row of the embeddings table is live. Both are
+sorted by `vector_id`, and row N of one is row N of the other.
+"""
 
 import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,105 +19,183 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from jobs.catalog import Catalog, Unit
+from jobs.buckets import number_buckets, scatter, turn
+from jobs.catalog import Catalog
 from jobs.cluster import gather
-from jobs.diff import locate
+from jobs.diff import Plan
+from jobs.errors import CatalogError
 from jobs.items import read_unit
+from jobs.live import Live
 from jobs.schemas import vector_id
+from jobs.state import ROW_GROUP_ROWS, locate
 from jobs.store import Store, scratch_folder
 
-KEYS = ("vector_id", "product_id", "image_number", "image_uri")
+KEYS = pa.schema(
+    [
+        pa.field("vector_id", pa.int64()),
+        pa.field("product_id", pa.string()),
+        pa.field("image_number", pa.int32()),
+        pa.field("image_uri", pa.string()),
+    ]
+)
+ROWS = pa.schema(
+    [
+        pa.field("vector_id", pa.int64()),
+        pa.field("generation", pa.int64()),
+        pa.field("metadata_hash", pa.int64()),
+        pa.field("file", pa.int32()),
+        pa.field("row", pa.int32()),
+        pa.field("first", pa.bool_()),
+    ]
+)
+"""`file` counts in the list of data files that the schema's metadata holds under `files`."""
 
 
 def write_ids(
-    catalog: Catalog, live: npt.NDArray[np.int64], most_images: int, store: Store, folder: str
-) -> dict[str, Any]:
-    """Write one row a live vector, sorted by `vector_id`; metadata is the struct `metadata`.
+    catalog: Catalog, plan: Plan, live: Live, store: Store, folder: str
+) -> dict[str, dict[str, Any]]:
+    """Write `ids.parquet` and `rows.parquet`, one row a live vector, sorted by `vector_id`.
 
-    The rows, metadata included, pass through the memory of one Ray task, not of this process.
+    The rows pass through Ray's object store and, a bucket at a time, through the memory of one
+    task.
 
     Args:
         catalog: Read again for its metadata: price and stock are tonight's.
-        live: (N,) sorted vector ids.
-        most_images: The most images of any product.
+        plan: The scanned catalog.
+        live: The live rows.
         store: Where to write.
         folder: Name below `indexes/`.
 
     Returns:
-        The manifest's entry: file, sha256, rows.
+        The manifest's entries `ids` and `rows`: folder, file, sha256, rows.
+
+    Raises:
+        CatalogError: Live rows are in the catalog no more.
     """
-    reference, described = ray.put(live), ray.put(catalog)
-    parts = [_unit_ids.remote(described, unit, reference, most_images) for unit in catalog.units]
-    entry: dict[str, Any] = gather([_write.remote(store, folder, *parts)])[0]
-    return entry
+    most_images = live.rows.most_images
+    described = ray.put(catalog)
+    heads, parts = scatter(_read_group, plan.groups, plan.buckets, described, most_images)
+    schemas = gather(heads)
+    metadata = pa.unify_schemas(schemas, promote_options="permissive")
+    tables = turn(parts, plan.buckets)
+    written = _write.remote(store, folder, metadata, live.buckets, live.names, tables)
+    entries: dict[str, dict[str, Any]] = gather([written])[0]
+    return entries
 
 
 @ray.remote(num_cpus=1)
-def _unit_ids(
-    catalog: Catalog, unit: Unit, live: npt.NDArray[np.int64], most_images: int
-) -> pa.Table:
+def _read_group(catalog: Catalog, most_images: int, units: range, buckets: int) -> tuple[Any, ...]:
+    """Return the schema of a group's metadata, and its rows by bucket."""
     product, image = catalog.columns["product_id"], catalog.columns.get("image")
     wanted = [product, *catalog.metadata]
     if image is not None and not catalog.has_bytes:
         wanted.append(image)
+    numbers = most_images if catalog.has_bytes else 1
+    names = list(dict.fromkeys(wanted))
     tables = [
-        _select(table, product, image, live, most_images if catalog.has_bytes else 0)
-        for _, table in read_unit(catalog, unit, list(dict.fromkeys(wanted)))
+        _expand(table, product, image, numbers)
+        for number in units
+        for _, table in read_unit(catalog, catalog.units[number], names)
     ]
-    return pa.concat_tables(tables, promote_options="permissive")
+    table = pa.concat_tables(tables, promote_options="permissive")
+    keys = number_buckets(table["vector_id"].to_numpy(), buckets)
+    order = np.argsort(keys, kind="stable")
+    ends = np.searchsorted(keys[order], np.arange(buckets + 1)).tolist()
+    ordered = table.take(pa.array(order))
+    parts = [ordered.slice(ends[n], ends[n + 1] - ends[n]) for n in range(buckets)]
+    return ordered.schema, *parts
 
 
-def _select(
-    table: pa.Table,
-    product: str,
-    image: str | None,
-    live: npt.NDArray[np.int64],
-    numbers: int,
-) -> pa.Table:
-    """Return one row a live vector; where images are bytes, not read again, try all numbers."""
+def _expand(table: pa.Table, product: str, image: str | None, numbers: int) -> pa.Table:
+    """Return one row an image; where images are bytes, not read again, as many as any has."""
     uris = table[image].to_pylist() if image in table.column_names else [None] * len(table)
     rows: list[tuple[int, str, int, str | None]] = []
     places: list[int] = []
     for place, name in enumerate(table[product].to_pylist()):
-        found = _live_images(name, uris[place], numbers, live)
-        rows += found
-        places += [place] * len(found)
+        uri = uris[place]
+        listed: list[str | None] = list(uri) if isinstance(uri, list) else [uri]
+        for number in range(max(numbers, len(listed))):
+            address = listed[number] if number < len(listed) else None
+            rows.append((vector_id(name, number), name, number, address))
+            places.append(place)
     keys = list(zip(*rows, strict=True)) or [(), (), (), ()]
-    types = (pa.int64(), pa.string(), pa.int32(), pa.string())
-    arrays = [pa.array(k, t) for k, t in zip(keys, types, strict=True)]
-    taken = table.select([n for n in table.column_names if n not in (image,)]).take(
+    arrays = [pa.array(k, field.type) for k, field in zip(keys, KEYS, strict=True)]
+    taken = table.select([n for n in table.column_names if n != image]).take(
         pa.array(places, pa.int64())
     )
     columns = [taken[name].combine_chunks() for name in taken.column_names]
     metadata = pa.StructArray.from_arrays(columns, names=taken.column_names)
-    return pa.table(dict(zip(KEYS, arrays, strict=True)) | {"metadata": metadata})
-
-
-def _live_images(
-    product_id: str, uris: list[str] | str | None, least_numbers: int, live: npt.NDArray[np.int64]
-) -> list[tuple[int, str, int, str | None]]:
-    """Return (vector id, product id, image number, URI) of a product's live images."""
-    listed: list[str | None] = list(uris) if isinstance(uris, list) else [uris]
-    numbers = range(max(1, least_numbers, len(listed)))
-    ids = np.array([vector_id(product_id, number) for number in numbers], np.int64)
-    _, there = locate(live, ids)
-    return [
-        (int(ids[n]), product_id, n, listed[n] if n < len(listed) else None)
-        for n in numbers
-        if there[n]
-    ]
+    return pa.table(dict(zip(KEYS.names, arrays, strict=True)) | {"metadata": metadata})
 
 
 @ray.remote(num_cpus=1)
-def _write(store: Store, folder: str, *parts: pa.Table) -> dict[str, Any]:
-    table = pa.concat_tables(parts, promote_options="permissive").sort_by("vector_id")
-    path = scratch_folder("ids") / "ids.parquet"
-    pq.write_table(table, path, compression="zstd", row_group_size=65_536)
-    sha256 = _sha256(path)
-    store.upload(path, "indexes", folder, path.name)
-    path.unlink()
-    path.parent.rmdir()
-    return {"file": path.name, "sha256": sha256, "rows": table.num_rows}
+def _write(
+    store: Store,
+    folder: str,
+    schema: pa.Schema,
+    live: list[Any],
+    files: list[str],
+    tables: list[list[Any]],
+) -> dict[str, dict[str, Any]]:
+    scratch = scratch_folder("ids")
+    try:
+        ids = _write_file(scratch / "ids.parquet", schema, _live_ids(schema, live, tables))
+        described = ROWS.with_metadata({"files": json.dumps(files)})
+        rows = _write_file(scratch / "rows.parquet", described, _live_rows(live))
+        for name in ("ids.parquet", "rows.parquet"):
+            store.upload(scratch / name, "indexes", folder, name)
+        return {"ids": {"folder": folder} | ids, "rows": {"folder": folder} | rows}
+    finally:
+        shutil.rmtree(scratch)
+
+
+def _live_ids(schema: pa.Schema, live: list[Any], tables: list[list[Any]]) -> Iterator[pa.Table]:
+    """Yield the catalog's rows that are live, a bucket at a time, sorted.
+
+    Raises:
+        CatalogError: A live row isn't among them.
+    """
+    for references, parts in zip(live, tables, strict=True):
+        wanted = ray.get(references)["vector_id"]
+        found = pa.concat_tables(
+            [schema.empty_table(), *ray.get(parts)], promote_options="permissive"
+        )
+        _, there = locate(wanted, found["vector_id"].to_numpy())
+        kept = found.filter(pa.array(there)).sort_by("vector_id")
+        if not np.array_equal(kept["vector_id"].to_numpy(), wanted):
+            raise CatalogError(
+                f"the catalog changed while it was read: of {len(wanted)} live rows "
+                f"{len(kept)} were found again; run the refresh again"
+            )
+        yield kept.cast(schema)
+
+
+def _live_rows(live: list[Any]) -> Iterator[pa.Table]:
+    for reference in live:
+        rows = ray.get(reference)
+        columns = {name: pa.array(rows[name]) for name in ROWS.names}
+        yield pa.table(columns, ROWS)
+
+
+def _write_file(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> dict[str, Any]:
+    count = 0
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for table in _regroup(tables, schema):
+            writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+            count += table.num_rows
+    return {"file": path.name, "sha256": _sha256(path), "rows": count}
+
+
+def _regroup(tables: Iterator[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
+    """Yield the same rows in tables of `ROW_GROUP_ROWS`: readers count row groups by it."""
+    rest = schema.empty_table()
+    for table in chain(tables, [None]):
+        if table is not None:
+            rest = pa.concat_tables([rest, table.replace_schema_metadata(schema.metadata)])
+        whole = len(rest) // ROW_GROUP_ROWS * ROW_GROUP_ROWS if table is not None else len(rest)
+        if whole:
+            yield rest.slice(0, whole)
+        rest = rest.slice(whole)
 
 
 def _sha256(path: Path) -> str:

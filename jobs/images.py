@@ -10,7 +10,7 @@ import io
 import struct
 import warnings
 import zlib
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Literal
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError, features
@@ -69,6 +69,7 @@ class RejectReason(enum.StrEnum):
     NOT_FOUND = "not_found"
     UNREACHABLE = "unreachable"
     TIMEOUT = "timeout"
+    ACCESS_DENIED = "access_denied"
     HTTP_ERROR = "http_error"
     HTTP_NOT_ALLOWED = "http_not_allowed"
     ADDRESS_REFUSED = "address_refused"
@@ -86,8 +87,24 @@ class RejectReason(enum.StrEnum):
 
     @property
     def transient(self) -> bool:
-        """Tell whether the next run should try the row again."""
+        """Tell whether the same reference may give an image later: a passing fault."""
         return self in (RejectReason.UNREACHABLE, RejectReason.TIMEOUT)
+
+    @property
+    def configured(self) -> bool:
+        """Tell whether another configuration of the limits may take the row."""
+        return self in (
+            RejectReason.HTTP_NOT_ALLOWED,
+            RejectReason.ADDRESS_REFUSED,
+            RejectReason.TOO_MANY_BYTES,
+            RejectReason.TOO_MANY_PIXELS,
+            RejectReason.TEXT_TOO_LONG,
+        )
+
+    @property
+    def kind(self) -> Literal["transient", "permanent"]:
+        """Name what `transient` tells, as reports and tables print it."""
+        return "transient" if self.transient else "permanent"
 
 
 class ImageRejected(ValueError):  # noqa: N818 - a verdict on a row, not a fault of the program
@@ -113,12 +130,16 @@ class ImagesConfig:
         max_pixels: Largest decoded image, width * height, checked before decoding.
         timeout_s: Deadline of one attempt, redirects included, in seconds.
         retries: Further attempts after a transient fault.
+        max_attempts: Refreshes that try a row with a transient fault, the first one included;
+            after them it is left as it is until its image or text changes.
         concurrency: Threads that fetch at once.
         http_hosts: Hosts that http(s) URIs may name; empty turns http(s) off. An entry is a
             host name, or `*.example.com` (its subdomains, not itself), with an optional `:port`
             (without it: 80 for http, 443 for https). Only an IP literal written here
             (`10.0.0.7:8080`, `[::1]:8080`) opens a private or loopback address; a name that
             resolves to one is refused, and so are link-local and metadata addresses, always.
+        etags: Ask for each image's ETag (a local file's size and time) at every refresh, so that
+            a changed picture behind an unchanged URI is noticed; one request an image.
 
     Raises:
         ValueError: A limit is out of range, or an entry of http_hosts is not a host.
@@ -130,15 +151,21 @@ class ImagesConfig:
     max_pixels: int = 100_000_000
     timeout_s: float = 10.0
     retries: int = 3
+    max_attempts: int = 5
     concurrency: int = 16
     http_hosts: tuple[str, ...] = ()
+    etags: bool = False
 
     def __post_init__(self) -> None:
         """Check every limit."""
-        if self.max_bytes < 1 or self.timeout_s <= 0 or self.retries < 0 or self.concurrency < 1:
+        if (
+            min(self.max_bytes, self.concurrency, self.max_attempts) < 1
+            or self.timeout_s <= 0
+            or self.retries < 0
+        ):
             raise ValueError(
-                "images: max_bytes, timeout_s and concurrency must be > 0, retries >= 0; "
-                f"found {self}"
+                "images: max_bytes, timeout_s, concurrency and max_attempts must be > 0, "
+                f"retries >= 0; found {self}"
             )
         if not 1 <= self.max_pixels <= LARGEST_MAX_PIXELS:
             raise ValueError(

@@ -1,51 +1,28 @@
 """The index stage: live rows of the embeddings table in, measured index files out.
 
-A field at a time: a uniform sample trains an empty template, Ray tasks add one data file each to
-clones of it, one task merges and writes, exact search over the same files measures the result.
+A field at a time. A trained index is updated as long as the drift that is measured of it stays
+within the limits: stale ids out, fresh vectors in, written beside the old file. Else a uniform
+sample trains an empty template, Ray tasks fill clones of it, and one task merges them. Exact
+search over the same rows measures the result.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import faiss
-import numpy as np
-import numpy.typing as npt
 import ray
 
-from indexing.build import (
-    add_vectors,
-    list_sizes,
-    merge_indexes,
-    read_index,
-    train_index,
-    write_index,
-)
-from indexing.metrics import list_imbalance
-from indexing.search import search_index
+from indexing.drift import IndexHealth, find_drift
 from indexing.spec import IndexSpec
-from indexing.tune import tune_nprobe
+from jobs import index_tasks
 from jobs.cluster import gather
 from jobs.config import IndexConfig
-from jobs.diff import OPERATIONS, locate
 from jobs.errors import ConfigError
-from jobs.schemas import UPSERT
+from jobs.index_tasks import EXACT_K, Compared, IndexFile, Measurement, describe_curve
+from jobs.live import Live
 from jobs.space import VectorField
-from jobs.store import Store, scratch_folder
-from jobs.vectors import (
-    Float32Array,
-    Int64Array,
-    LiveRows,
-    concatenate,
-    exact_search,
-    gather_vectors,
-    mark_first,
-    read_vectors,
-)
-
-EXACT_K = 10
-INDEX_THREADS = 2
+from jobs.store import Store
+from jobs.vectors import exact_search, sample_vectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,53 +30,92 @@ class FieldIndex:
     """One published index file and what was measured of it.
 
     Attributes:
+        folder: Below `indexes/`: of the run that wrote the file, which an earlier one may be.
+        action: trained, updated, or kept where no vector of it changed.
+        reasons: Whole sentences: why it was trained anew, or what the update did.
         why: One sentence for each choice made from the catalog's size.
+        trained: Health when its quantizers were trained, and the nprobe of then.
         curve: nprobe, intersection at 10 and latency of each point tried.
-        self_retrieval: Share of sampled vectors that found themselves, or an equal vector.
+        missing: Live ids that the file lacks.
+        extra: Ids in the file that are not live.
     """
 
     field: str
+    folder: str
     file: str
     sha256: str
     size_bytes: int
     spec: dict[str, Any]
     factory: str
+    action: str
+    reasons: tuple[str, ...]
     why: tuple[str, ...]
+    trained: dict[str, Any]
     ntotal: int
     nprobe: int
     intersection_at_10: float
     self_retrieval: float
+    overlap_at_10: float | None
     measured_queries: int
     imbalance: float
+    quantization_error: float
+    missing: int
+    extra: int
     curve: tuple[dict[str, Any], ...]
 
+    @property
+    def health(self) -> IndexHealth:
+        """What drift is measured by."""
+        return IndexHealth(
+            ntotal=self.ntotal,
+            imbalance=self.imbalance,
+            quantization_error=self.quantization_error,
+            intersection_at_10=self.intersection_at_10,
+        )
 
-def live_rows(
-    plan: npt.NDArray[np.void], state: npt.NDArray[np.void], files: list[str]
-) -> LiveRows:
-    """Join the catalog with the table: live are the catalog's rows whose newest row is an upsert.
 
-    Args:
-        plan: (N,) from `jobs.diff.scan_catalog`.
-        state: (M,) from `jobs.diff.read_state`, after embedding.
-        files: What `state["file"]` counts in.
+@dataclass(frozen=True, kw_only=True)
+class IndexJob:
+    """What building the index of one field takes.
+
+    Attributes:
+        folder: Below `indexes/`: where files are written.
+        sample_rows: Most vectors that are used as queries.
+        base: The manifest's entry of the newest release's index in the same vector space.
+        retrain: Why it can't be updated; empty if it can.
     """
-    place, known = locate(state["vector_id"], plan["vector_id"])
-    if len(state) == 0:
-        place, live = place[:0], np.zeros(len(plan), bool)
-    else:
-        upsert = state["operation"][place] == OPERATIONS[UPSERT]
-        live = known & upsert & (state["content_hash"][place] == plan["content_hash"])
-        place = place[live]
-    rows = plan[live]
-    return LiveRows(
-        vector_id=rows["vector_id"].copy(),
-        generation=state["generation"][place].copy(),
-        product=rows["product"].copy(),
-        first=mark_first(rows["product"], rows["image_number"]),
-        files=tuple(files[n] for n in np.unique(state["file"][place])),
-        rejected=int(len(plan) - live.sum()),
-    )
+
+    store: Store
+    field: VectorField
+    live: Live
+    config: IndexConfig
+    folder: str
+    sample_rows: int
+    base: dict[str, Any] | None
+    retrain: tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        """How many vectors the index will hold."""
+        return self.live.rows.count(self.field.name)
+
+    @property
+    def file(self) -> str:
+        """Name of the index file."""
+        return f"{self.field.name}.faiss"
+
+    @property
+    def mark(self) -> str | None:
+        """The flag of the live rows that this index holds; None: all."""
+        return "first" if self.field.name == "text" else None
+
+    @property
+    def base_file(self) -> IndexFile | None:
+        """The base's file."""
+        if self.base is None:
+            return None
+        names = ("folder", "file", "sha256", "size_bytes", "ntotal")
+        return IndexFile(**{name: self.base[name] for name in names})
 
 
 def choose_spec(config: IndexConfig, ntotal: int, dim: int) -> tuple[IndexSpec, list[str]]:
@@ -127,138 +143,187 @@ def choose_spec(config: IndexConfig, ntotal: int, dim: int) -> tuple[IndexSpec, 
     return spec, [f"{spec.factory} is what the configuration says."]
 
 
-def build_index(
-    field: VectorField,
-    live: LiveRows,
-    config: IndexConfig,
-    store: Store,
-    target: tuple[str, int],
-    progress: Callable[[str], None],
-) -> FieldIndex:
-    """Train, fill, merge, write, tune and measure one field's index.
+def reasons_to_retrain(
+    config: IndexConfig, trained_with: dict[str, Any], base: dict[str, Any], ntotal: int
+) -> list[str]:
+    """List what forbids an update before anything is measured; empty: nothing does.
 
     Args:
-        field: The field.
-        live: All live rows; the field takes its own of them.
         config: The index section.
-        store: Where the vectors are and the index goes.
-        target: (name of the folder below `indexes/`, number of sampled queries).
+        trained_with: The index section of the release that the base belongs to.
+        base: The manifest's entry of the base.
+        ntotal: How many vectors the index will hold.
+    """
+    old = IndexSpec(**base["spec"])
+    new, _ = choose_spec(config, ntotal, old.dim)
+    reasons = [
+        f"index.{name} was {trained_with.get(name)}, the configuration says {value}."
+        for name, value in (("seed", config.seed), ("train_rows", config.train_rows))
+        if trained_with.get(name) != value
+    ]
+    named = config.nlist is not None or config.pq_m is not None
+    if named and new != old:
+        reasons.append(f"The configuration asks for {new.factory}, the index is {old.factory}.")
+    elif bool(new.nlist) != bool(old.nlist):
+        reasons.append(f"{ntotal:,} vectors are better held by {new.factory} than {old.factory}.")
+    return reasons
+
+
+def build_index(job: IndexJob, progress: Callable[[str], None]) -> FieldIndex:
+    """Update or train one field's index, write it, tune and measure it.
+
+    Args:
+        job: What to build.
         progress: Called with the name of the step that begins.
 
     Raises:
         ConfigError: The configured index can't be built from so many rows.
-        StoreError: A live row has no vector of this field.
+        StoreError: A live row has no vector of this field, or the base is damaged.
     """
-    rows = live.select(field.name)
-    spec, why = choose_spec(config, len(rows.vector_id), field.dim)
-    reference = ray.put(rows)
-    folder, sample_rows = target
+    progress(f"{job.field.name}: exact search of a sample")
+    sample = _Sample(job)
+    if job.base is None or job.retrain:
+        return _train(job, sample, job.retrain or ("There is no index to update.",), progress)
+    updated = _update(job, sample, progress)
+    trained = IndexHealth(**{n: updated.trained[n] for n in IndexHealth.__dataclass_fields__})
+    now = _at_nprobe(updated, updated.trained["nprobe"])
+    drift = find_drift(trained, now, job.config.drift)
+    return _train(job, sample, tuple(drift), progress) if drift else updated
 
-    progress(f"train {spec.factory}")
-    train_ids = rows.draw(
-        config.train_rows if spec.nlist else 0, seed=config.seed, salt=f"train/{field.name}"
+
+class _Sample:
+    """The sampled queries of a field and their exact neighbours, as references."""
+
+    def __init__(self, job: IndexJob) -> None:
+        seed, salt = job.config.seed, f"measure/{job.field.name}"
+        store, field, live = job.store, job.field, job.live.rows
+        parts = sample_vectors(store, field, live, rows=job.sample_rows, seed=seed, salt=salt)
+        draw = (job.sample_rows, seed, salt)
+        self.ids, self.queries = index_tasks.join_sample.remote(draw, *parts)
+        self.exact = ray.put(exact_search(store, field, live, self.queries, EXACT_K))
+        nprobe = 0 if job.base is None else job.base["nprobe"]
+        self.compared = Compared(
+            target_intersection=job.config.target_intersection,
+            base=None if job.base_file is None else (job.base_file, nprobe),
+        )
+
+    def measure(self, job: IndexJob, file: IndexFile) -> Measurement:
+        """Tune and measure a written index in a task."""
+        live = (job.live.buckets, job.mark)
+        found = index_tasks.measure.remote(
+            job.store, file, self.compared, self.ids, self.queries, self.exact, live
+        )
+        measured: Measurement = gather([found])[0]
+        return measured
+
+
+def _train(
+    job: IndexJob, sample: _Sample, reasons: tuple[str, ...], progress: Callable[[str], None]
+) -> FieldIndex:
+    spec, why = choose_spec(job.config, job.count, job.field.dim)
+    progress(f"{job.field.name}: train {spec.factory}")
+    rows, salt = job.config.train_rows if spec.nlist else 0, f"train/{job.field.name}"
+    seed, live = job.config.seed, job.live.rows
+    parts = sample_vectors(job.store, job.field, live, rows=rows, seed=seed, salt=salt)
+    template = index_tasks.train.remote(spec, seed, (rows, salt), *parts)
+    progress(f"{job.field.name}: add and merge")
+    filled = [
+        index_tasks.add.remote(job.store, job.field, files, template, None, *parts)
+        for files, parts in zip(live.files, live.parts, strict=True)
+    ]
+    file = gather([index_tasks.merge.remote(job.store, job.folder, job.file, *filled)])[0]
+    measured = sample.measure(job, file)
+    trained = {
+        "run": job.folder,
+        "ntotal": file.ntotal,
+        "imbalance": measured.imbalance,
+        "quantization_error": measured.quantization_error,
+        "intersection_at_10": measured.point.intersection,
+        "nprobe": measured.point.nprobe,
+    }
+    return _describe(job, file, measured, spec, ("trained", reasons, tuple(why)), trained)
+
+
+def _update(job: IndexJob, sample: _Sample, progress: Callable[[str], None]) -> FieldIndex:
+    base, file = job.base or {}, job.base_file
+    if file is None:
+        raise ValueError("there is no index to update")
+    fresh, stale = ("fresh_first", "first") if job.mark else ("fresh", "all")
+    added, removed = _count_changes(job.live, fresh, stale)
+    action, reasons = "kept", ("No vector of it changed.",)
+    if added or removed:
+        progress(f"{job.field.name}: update {base['factory']}")
+        template = index_tasks.empty.remote(job.store, file)
+        live = job.live.rows
+        parts = [
+            index_tasks.add.remote(job.store, job.field, files, template, fresh, *rows)
+            for files, rows in zip(live.files, live.parts, strict=True)
+        ]
+        args = (job.store, file, job.folder, job.file, job.live.stale, stale)
+        file = gather([index_tasks.update.remote(*args, *parts)])[0]
+        action = "updated"
+        reasons = (f"{added:,} vectors added, {removed:,} removed; no drift passed its limit.",)
+    progress(f"{job.field.name}: measure")
+    measured = sample.measure(job, file)
+    spec = IndexSpec(**base["spec"])
+    return _describe(
+        job, file, measured, spec, (action, reasons, tuple(base["why"])), base["trained"]
     )
-    sample = gather_vectors(store, field, reference, live.files, train_ids)
-    template = _train.remote(spec, config.seed, *sample)
 
-    progress("add and merge")
-    parts = [_add.remote(store, file, field, reference, template) for file in live.files]
-    name = f"{field.name}.faiss"
-    sha256, size_bytes, ntotal, imbalance = gather([_merge.remote(store, folder, name, *parts)])[0]
 
-    progress("measure against exact search")
-    query_ids = rows.draw(sample_rows, seed=config.seed, salt=f"measure/{field.name}")
-    ids, queries = _join.remote(*gather_vectors(store, field, reference, live.files, query_ids))
-    exact = ray.put(exact_search(store, field, reference, live.files, queries, EXACT_K))
-    address = (folder, name, sha256)
-    point, curve, found_self = gather(
-        [_measure.remote(store, address, ids, queries, exact, config.target_intersection)]
-    )[0]
+@ray.remote(num_cpus=1)
+def _count_marked(mark: str, *parts: Any) -> int:  # noqa: ANN401
+    return sum(int(rows[mark].sum()) for rows in parts)
+
+
+def _count_changes(live: Live, fresh: str, stale: str) -> tuple[int, int]:
+    """Count the vectors that an update adds and removes."""
+    added = [_count_marked.remote(fresh, rows) for rows in live.buckets]
+    removed = [_count_marked.remote(stale, rows) for rows in live.stale]
+    return sum(gather(added)), sum(gather(removed))
+
+
+def _describe(
+    job: IndexJob,
+    file: IndexFile,
+    measured: Measurement,
+    spec: IndexSpec,
+    told: tuple[str, tuple[str, ...], tuple[str, ...]],
+    trained: dict[str, Any],
+) -> FieldIndex:
+    action, reasons, why = told
     return FieldIndex(
-        field=field.name,
-        file=name,
-        sha256=sha256,
-        size_bytes=size_bytes,
+        field=job.field.name,
+        **asdict(file),
         spec=asdict(spec),
         factory=spec.factory,
-        why=tuple(why),
-        ntotal=ntotal,
-        nprobe=point["nprobe"],
-        intersection_at_10=point["intersection"],
-        self_retrieval=found_self,
-        measured_queries=len(query_ids),
-        imbalance=imbalance,
-        curve=tuple(curve),
+        action=action,
+        reasons=reasons,
+        why=why,
+        trained=trained,
+        nprobe=measured.point.nprobe,
+        intersection_at_10=measured.point.intersection,
+        self_retrieval=measured.self_retrieval,
+        overlap_at_10=measured.overlap_at_10,
+        measured_queries=measured.queries,
+        imbalance=measured.imbalance,
+        quantization_error=measured.quantization_error,
+        missing=measured.missing,
+        extra=measured.extra,
+        curve=describe_curve(measured.curve),
     )
 
 
-@ray.remote(num_cpus=1, num_returns=2)
-def _join(*parts: tuple[Int64Array, Float32Array]) -> tuple[Int64Array, Float32Array]:
-    return concatenate(parts)
+def _at_nprobe(index: FieldIndex, nprobe: int) -> IndexHealth:
+    """Return an index's health at the nprobe of its training: drift must not hide in a larger one.
 
-
-@ray.remote(num_cpus=1)
-def _train(spec: IndexSpec, seed: int, *parts: tuple[Int64Array, Float32Array]) -> Any:  # noqa: ANN401
-    """Train on this task's own cores; the sample is sorted by id, so the order is always one."""
-    faiss.omp_set_num_threads(os.cpu_count() or 1)
-    _, vectors = concatenate(parts)
-    sample = vectors.reshape(-1, spec.dim)
-    return faiss.serialize_index(train_index(spec, sample, seed=seed))
-
-
-@ray.remote(num_cpus=1)
-def _add(
-    store: Store,
-    file: str,
-    field: VectorField,
-    rows: LiveRows,
-    template: Any,  # noqa: ANN401
-) -> Any:  # noqa: ANN401
-    faiss.omp_set_num_threads(1)
-    index = faiss.deserialize_index(template.copy())
-    ids, vectors = read_vectors(store, file, field, rows)
-    return faiss.serialize_index(add_vectors(index, ids, vectors))
-
-
-@ray.remote(num_cpus=1)
-def _merge(store: Store, folder: str, name: str, *parts: Any) -> tuple[str, int, int, float]:  # noqa: ANN401
-    faiss.omp_set_num_threads(1)
-    merged = merge_indexes([faiss.deserialize_index(part.copy()) for part in parts])
-    path = scratch_folder("index") / name
-    sha256 = write_index(merged, path)
-    size_bytes = path.stat().st_size
-    store.upload(path, "indexes", folder, name)
-    path.unlink()
-    path.parent.rmdir()
-    sizes = list_sizes(merged)
-    return sha256, size_bytes, merged.ntotal, list_imbalance(sizes) if len(sizes) else 1.0
-
-
-@ray.remote(num_cpus=1)
-def _measure(
-    store: Store,
-    address: tuple[str, str, str],
-    ids: Int64Array,
-    queries: Float32Array,
-    exact: tuple[Float32Array, Int64Array],
-    target: float,
-) -> tuple[dict[str, Any], list[dict[str, Any]], float]:
-    """Tune nprobe on the written file and measure it there."""
-    faiss.omp_set_num_threads(INDEX_THREADS)
-    folder, name, sha256 = address
-    cache = scratch_folder("measure")
-    index = read_index(store.local_copy(cache, "indexes", folder, name), sha256=sha256)
-    k = min(EXACT_K, index.ntotal)
-    point, curve = tune_nprobe(index, queries, exact[1], k=k, target_intersection=target)
-    _, found = search_index(index, queries, k)
-    return asdict(point), [asdict(p) for p in curve], _self_retrieval(ids, found, exact)
-
-
-def _self_retrieval(
-    ids: Int64Array, found: Int64Array, exact: tuple[Float32Array, Int64Array]
-) -> float:
-    """Return the share of queries whose own vector, or an exactly equal one, is in the results."""
-    equal = np.where(exact[0] >= 1 - 1e-4, exact[1], -2)
-    hits = (found == ids[:, None]).any(axis=1)
-    hits |= (found[:, :, None] == equal[:, None, :]).any(axis=(1, 2))
-    return float(hits.mean())
+    The sweep ends where the intersection is 1: what lies beyond is 1 too.
+    """
+    points = {point["nprobe"]: point["intersection"] for point in index.curve}
+    found = points.get(nprobe, index.curve[-1]["intersection"])
+    return IndexHealth(
+        ntotal=index.ntotal,
+        imbalance=index.imbalance,
+        quantization_error=index.quantization_error,
+        intersection_at_10=found,
+    )

@@ -1,9 +1,11 @@
 """What a refresh starts from: the catalog, opened for its fields, and the encoder, in the store."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow.parquet as pq
 
 from encoders.checkpoint import read_checkpoint_config
@@ -15,6 +17,7 @@ from jobs.config import CatalogConfig, JobConfig
 from jobs.contract import make_contract
 from jobs.errors import ConfigError, StoreError
 from jobs.space import VectorSpace, resolve_space
+from jobs.storage import open_filesystem
 from jobs.store import Store, scratch_folder
 
 
@@ -41,7 +44,7 @@ def open_catalog(config: CatalogConfig, fields: tuple[str, ...]) -> Catalog:
     needs_text, needs_image = set(fields) != {"image"}, "image" in fields
     if not needs_image and "multimodal" in fields:
         bare = read_catalog(config, need_images=False, need_text=False)
-        filesystem = fsspec.core.url_to_fs(bare.root)[0]
+        filesystem = open_filesystem(bare.root)[0]
         with filesystem.open(bare.files[0], "rb") as handle:
             names = [*pq.read_schema(handle).names, *config.columns]
         needs_image = any(name in names for name in IMAGE_COLUMNS)
@@ -57,6 +60,26 @@ def add_encoder(config: JobConfig, store: Store) -> tuple[VectorSpace, dict[str,
     Raises:
         ConfigError: The encoder can't be made: an unknown name, weights that don't fit, a field
             or a weight that it doesn't have.
+        StoreError: The store can't be written.
+    """
+    with made_encoder(config) as (directory, space):
+        contract = make_contract(directory, space)
+        try:
+            store.add_checkpoint(directory, space.encoder)
+        except OSError as error:
+            raise StoreError(f"store {store.root} can't be written: {error}") from error
+        return space, contract
+
+
+@contextmanager
+def made_encoder(config: JobConfig) -> Iterator[tuple[Path, VectorSpace]]:
+    """Make the configured encoder's checkpoint in a temporary folder.
+
+    Yields:
+        The folder, and what the job makes of the encoder.
+
+    Raises:
+        ConfigError: As `add_encoder`.
     """
     directory = scratch_folder("checkpoint")
     try:
@@ -69,12 +92,8 @@ def add_encoder(config: JobConfig, store: Store) -> tuple[VectorSpace, dict[str,
             preprocess=found.preprocess,
             fusion=found.fusion,
         )
-        contract = make_contract(directory, space)
-        store.add_checkpoint(directory, fingerprint)
+        yield directory, space
     except ValueError as error:
         raise ConfigError(f"encoder: {error}") from error
-    except OSError as error:
-        raise StoreError(f"store {store.root} can't be written: {error}") from error
     finally:
         shutil.rmtree(directory)
-    return space, contract

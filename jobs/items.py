@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -16,13 +15,26 @@ import pyarrow.parquet as pq
 
 from jobs.catalog import VERSION_COLUMNS, Catalog, Unit, partition_values, template_names
 from jobs.errors import CatalogError
-from jobs.schemas import hash63, vector_id
+from jobs.fetch import read_etags
+from jobs.images import ImagesConfig
+from jobs.schemas import hash63, product_hash, vector_id
+from jobs.storage import open_filesystem
 
 READ_ROWS = 256
 PLAN_DTYPE = np.dtype(
-    [("vector_id", "<i8"), ("content_hash", "<i8"), ("product", "<i8"), ("image_number", "<i4")]
+    [
+        ("vector_id", "<i8"),
+        ("product", "<i8"),
+        ("image_hash", "<i8"),
+        ("text_hash", "<i8"),
+        ("etag_hash", "<i8"),
+        ("metadata_hash", "<i8"),
+        ("image_number", "<i4"),
+        ("unit", "<i4"),
+    ]
 )
-"""What the diff keeps of an item: 28 bytes. `product` is the hash of the product's id."""
+"""What the diff keeps of an item: 56 bytes. `product` is the hash of the product's id, `unit` the
+number of the catalog's unit that holds it; `etag_hash` is 0 where nothing is known."""
 
 
 def read_unit(catalog: Catalog, unit: Unit, physical: list[str]) -> Iterator[tuple[int, pa.Table]]:
@@ -49,7 +61,7 @@ def read_unit(catalog: Catalog, unit: Unit, physical: list[str]) -> Iterator[tup
 def _read_unit(catalog: Catalog, unit: Unit, physical: list[str]) -> Iterator[tuple[int, pa.Table]]:
     values = partition_values(unit.file)
     stored = [name for name in physical if name not in catalog.partitions]
-    filesystem = fsspec.core.url_to_fs(catalog.root)[0]
+    filesystem = open_filesystem(catalog.root)[0]
     with filesystem.open(unit.file, "rb") as handle:
         parquet = pq.ParquetFile(handle)
         position = 0
@@ -73,6 +85,8 @@ class Item:
     """One (product, image) of the catalog: what is embedded as one row.
 
     Attributes:
+        image_hash: Of the recipe, the image's reference or bytes, and its version column.
+        text_hash: Of the recipe and the text.
         image: A URI, the encoded bytes, or None where the catalog has nothing.
         text: The filled template; its length is not yet checked.
     """
@@ -80,7 +94,8 @@ class Item:
     product_id: str
     image_number: int
     vector_id: int
-    content_hash: int
+    image_hash: int
+    text_hash: int
     image: str | bytes | None = field(repr=False)
     text: str = field(repr=False)
 
@@ -97,7 +112,7 @@ def read_items(catalog: Catalog, unit: Unit, recipe: str) -> Iterator[list[Item]
         catalog: The checked catalog.
         unit: What to read.
         recipe: Names what is made of the content (see `VectorSpace.recipe`); part of each
-            `content_hash`, so that another recipe embeds again.
+            hash, so that another recipe embeds again.
 
     Raises:
         CatalogError: A product id is null or empty, or a text is no UTF-8; the row is named.
@@ -130,16 +145,17 @@ def _product_items(catalog: Catalog, values: dict[str, Any], recipe: str) -> Ite
     images = list(image) if isinstance(image, list) else [image]
     version = "|".join(str(values.get(name)) for name in VERSION_COLUMNS)
     product_id = values["product_id"]
+    text_hash = hash63((recipe.encode(), text.encode("utf-8", "replace")))
     for number, one in enumerate(images or [None]):
         if isinstance(one, dict):
             one = one["bytes"] if one["bytes"] is not None else one["path"]
         content = one.encode("utf-8", "replace") if isinstance(one, str) else (one or b"")
-        parts = (recipe.encode(), content, version.encode(), text.encode("utf-8", "replace"))
         yield Item(
             product_id=product_id,
             image_number=number,
             vector_id=vector_id(product_id, number),
-            content_hash=hash63(parts),
+            image_hash=hash63((recipe.encode(), content, version.encode())),
+            text_hash=text_hash,
             image=one,
             text=text,
         )
@@ -161,48 +177,77 @@ def _text(value: object) -> str:
     return str(value).strip()
 
 
-def scan_unit(catalog: Catalog, unit: Unit, recipe: str) -> npt.NDArray[np.void]:
+def scan_unit(
+    catalog: Catalog, number: int, recipe: str, images: ImagesConfig
+) -> npt.NDArray[np.void]:
     """Return what the diff needs of a unit's items.
 
-    Returns:
-        (N,) records of `PLAN_DTYPE`.
-    """
-    rows = [
-        (
-            item.vector_id,
-            item.content_hash,
-            hash63((item.product_id.encode("utf-8", "replace"),)),
-            item.image_number,
-        )
-        for items in read_items(catalog, unit, recipe)
-        for item in items
-    ]
-    return np.array(rows, dtype=PLAN_DTYPE)
-
-
-def check_unique(catalog: Catalog, plan: npt.NDArray[np.void]) -> None:
-    """Check that no two items share a vector id.
-
     Args:
-        catalog: The catalog, read again only to name duplicates.
-        plan: (N,) records of `PLAN_DTYPE`, sorted by vector_id.
+        catalog: The checked catalog.
+        number: Of the unit, in `catalog.units`.
+        recipe: As for `read_items`.
+        images: Says whether the servers are asked for ETags.
+
+    Returns:
+        (N,) records of `PLAN_DTYPE`, in the catalog's order.
 
     Raises:
-        CatalogError: A product id occurs twice (the ids are named), or two ids collide.
+        CatalogError: As `read_items`.
     """
-    ids = plan["vector_id"]
-    twice = np.unique(ids[1:][ids[1:] == ids[:-1]])
-    if twice.size == 0:
-        return
+    unit = catalog.units[number]
+    metadata = _metadata_hashes(catalog, unit)
+    parts = []
+    for items in read_items(catalog, unit, recipe):
+        rows = np.zeros(len(items), PLAN_DTYPE)
+        for name in ("vector_id", "image_hash", "text_hash", "image_number"):
+            rows[name] = [getattr(item, name) for item in items]
+        rows["product"] = [product_hash(item.product_id) for item in items]
+        rows["metadata_hash"] = [metadata[item.product_id] for item in items]
+        if images.etags:
+            etags = read_etags([item.image for item in items], catalog.root, images)
+            rows["etag_hash"] = [hash63((etag.encode(),)) if etag else 0 for etag in etags]
+        parts.append(rows)
+    found = np.concatenate([np.zeros(0, PLAN_DTYPE), *parts])
+    found["unit"] = number
+    return found
+
+
+def _metadata_hashes(catalog: Catalog, unit: Unit) -> dict[str, int]:
+    """Return the hash of each product's metadata: price and stock that changed are told by it."""
+    hashes: dict[str, int] = {}
+    key = catalog.columns["product_id"]
+    names = list(dict.fromkeys((key, *sorted(catalog.metadata))))
+    for _, table in read_unit(catalog, unit, names):
+        columns = [_plain_values(table[name]) for name in names]
+        for row in zip(*columns, strict=True):
+            hashes[row[0]] = hash63((repr(row).encode("utf-8", "replace"),))
+    return hashes
+
+
+def _plain_values(column: pa.ChunkedArray) -> list[Any]:
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:  # the column may be none that is embedded: it is told by its bytes
+        values = column.cast(pa.large_binary()).to_pylist()
+    return values
+
+
+def explain_duplicates(catalog: Catalog, twice: set[int]) -> CatalogError:
+    """Name the products behind vector ids that occur twice; reads the catalog's ids again.
+
+    Args:
+        catalog: The catalog.
+        twice: Some of the vector ids.
+    """
     physical = catalog.columns["product_id"]
-    wanted, counts = set(twice.tolist()), {}  # type: set[int], dict[str, int]
+    counts: dict[str, int] = {}
     for unit in catalog.units:
         for _, table in read_unit(catalog, unit, [physical]):
             for value in pc.drop_null(table[physical]).to_pylist():
-                if vector_id(value, 0) in wanted:
+                if vector_id(value, 0) in twice:
                     counts[value] = counts.get(value, 0) + 1
     names = sorted(name for name, count in counts.items() if count > 1)
     if not names:
-        raise CatalogError(f"the hashes of two product images collide: {sorted(counts)[:5]}")
+        return CatalogError(f"the hashes of two product images collide: {sorted(counts)[:5]}")
     shown = ", ".join(repr(n) for n in names[:10]) + (", …" if len(names) > 10 else "")
-    raise CatalogError(f"{len(names)} product ids occur more than once: {shown}")
+    return CatalogError(f"{len(names)} product ids occur more than once: {shown}")

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from botocore.exceptions import BotoCoreError
 
 from jobs.errors import CatalogError
+from jobs.storage import open_filesystem
 
 
 def read_pairs(
@@ -29,7 +29,7 @@ def read_pairs(
         CatalogError: The file can't be read, lacks columns or is empty.
     """
     try:
-        filesystem, local = fsspec.core.url_to_fs(path)
+        filesystem, local = open_filesystem(path)
         with filesystem.open(local, "rb") as handle:
             table = pq.read_table(handle)
     except (OSError, ValueError, BotoCoreError) as error:

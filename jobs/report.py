@@ -5,6 +5,7 @@ import html
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -13,7 +14,7 @@ from jobs.answers import Failure
 from jobs.fetch import fetch_images
 from jobs.images import ImageRejected, ImagesConfig, decode_image
 from jobs.queries import SearchedQuery
-from jobs.store import Store
+from jobs.store import Release, Store
 
 THUMBNAIL_PX = 160
 SHEET_RESULTS = 5
@@ -41,7 +42,32 @@ def write_report(
         Address of report.html.
     """
     rows = [_sheet_row(one, catalog_root, images) for one in sheet]
-    return render_report(store, run, "report.html", report, sheet=rows)
+    pictures = _thumbnails(
+        [one["image_uri"] for one in report["placeholders"]], catalog_root, images
+    )
+    shared = [
+        one | {"picture": picture}
+        for one, picture in zip(report["placeholders"], pictures, strict=True)
+    ]
+    return render_report(store, run, "report.html", report, sheet=rows, shared=shared)
+
+
+def write_idle_report(
+    store: Store, run: str, release: Release, stages: list[dict[str, Any]]
+) -> str:
+    """Write the report of a run that found nothing to do.
+
+    Args:
+        store: The store.
+        run: The run's id.
+        release: The newest release, which shows the catalog as it is.
+        stages: What was done to find that out.
+
+    Returns:
+        Address of report.html.
+    """
+    report = asdict(release) | {"run": run, "published": False, "stages": stages, "embedded": 0}
+    return render_report(store, run, "idle.html", report | {"release": release.version})
 
 
 def write_evaluation(

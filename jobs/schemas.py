@@ -7,6 +7,7 @@ import pyarrow as pa
 
 EMBEDDING_FIELDS = ("image", "text", "multimodal")
 UPSERT, DELETE, REJECT = "upsert", "delete", "reject"
+IMAGE_BITS = 47
 
 EMBEDDINGS = pa.schema(
     [
@@ -15,17 +16,28 @@ EMBEDDINGS = pa.schema(
         pa.field("vector_id", pa.int64()),
         pa.field("generation", pa.int64()),
         pa.field("operation", pa.string()),
-        pa.field("content_hash", pa.int64()),
+        pa.field("written_at", pa.timestamp("us", "UTC")),
+        pa.field("image_hash", pa.int64()),
+        pa.field("text_hash", pa.int64()),
+        pa.field("etag_hash", pa.int64()),
+        pa.field("image_content", pa.int64()),
         pa.field("encoder", pa.string()),
         pa.field("reject_reason", pa.string()),
         pa.field("reject_detail", pa.string()),
+        pa.field("first_seen", pa.timestamp("us", "UTC")),
+        pa.field("attempts", pa.int32()),
         *(pa.field(f"{name}_embedding", pa.list_(pa.float32())) for name in EMBEDDING_FIELDS),
     ]
 )
-"""One appended row a (product, image) and generation. The live row of a `vector_id` is its newest;
-an embedding is (D,) float32, unit length, rounded to float16 (half the bytes on disk). It is null
-where there is none: in rejects, in fields that are fused when they are read, and for the image or
-text that a live row lacks, with the reason beside it."""
+"""One appended row a (product, image) and generation. The live row of a `vector_id` is the newest
+of the release's encoder; an embedding is (D,) float32, unit length, rounded to float16 (half the
+bytes on disk). It is null where there is none: in rejects, in fields that are fused when they are
+read, and for the image or text that a live row lacks, with the reason beside it.
+
+A row is embedded again when `image_hash` (reference and version), `text_hash` (filled template) or
+`etag_hash` (what the image's server says; 0: not asked) differs. `image_content` hashes the image's
+bytes. Of a reject, `first_seen` is when the same content was first refused, and `attempts` how many
+refreshes have tried it."""
 
 RELEASES = pa.schema(
     [
@@ -41,6 +53,7 @@ RELEASES = pa.schema(
         pa.field("rejected", pa.int64()),
         pa.field("rows", pa.int64()),
         pa.field("config_hash", pa.string()),
+        pa.field("command", pa.string()),
         pa.field("quality", pa.string()),
     ]
 )
@@ -60,11 +73,21 @@ def hash63(parts: Iterable[bytes]) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
+def product_hash(product_id: str) -> int:
+    """Return the 63-bit hash of a product's id."""
+    return hash63((product_id.encode("utf-8", "surrogatepass"),))
+
+
 def vector_id(product_id: str, image_number: int) -> int:
     """Return the id of a product's image: a hash, so that shards need no shared counter.
+
+    The upper 16 of its 63 bits are the product's, so that any division of the ids into ranges
+    keeps the images of a product together.
 
     Args:
         product_id: The catalog's id.
         image_number: Position in the product's list of images, from 0.
     """
-    return hash63((product_id.encode("utf-8", "surrogatepass"), str(image_number).encode()))
+    name = product_id.encode("utf-8", "surrogatepass")
+    own = hash63((name, str(image_number).encode())) & (1 << IMAGE_BITS) - 1
+    return product_hash(product_id) >> IMAGE_BITS << IMAGE_BITS | own

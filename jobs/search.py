@@ -26,7 +26,7 @@ from jobs.images import ImageRejected, ImagesConfig
 from jobs.store import Store, scratch_folder
 
 Float32Array = npt.NDArray[np.float32]
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_KEYS = {"encoder", "fields", "ids", "products", "query"}
 FIELD_ORDER = ("multimodal", "image", "text")
 
@@ -102,10 +102,12 @@ class Searcher:
     def _open(self, store: Store, cache: Path, indexes: str, encoder: Encoder | None) -> None:
         self.indexes: dict[str, faiss.Index] = {}
         for name, entry in self.manifest["fields"].items():
-            path = store.local_copy(cache, "indexes", indexes, entry["file"])
+            path = store.local_copy(cache, "indexes", entry["folder"], entry["file"])
             self.indexes[name] = read_index(path, sha256=entry["sha256"])
             set_nprobe(self.indexes[name], entry["nprobe"])
-        path = store.local_copy(cache, "indexes", indexes, self.manifest["ids"]["file"])
+        path = store.local_copy(
+            cache, "indexes", self.manifest["ids"]["folder"], self.manifest["ids"]["file"]
+        )
         self.ids = Ids(path, sha256=self.manifest["ids"]["sha256"])
         directory = store.local_copy(checkpoint_cache(), "checkpoints", self.space.encoder)
         if encoder is None:

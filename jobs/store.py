@@ -7,7 +7,6 @@ releases/                    Delta table, a row a release
 runs/<run>/                  report.json, report.html
 """
 
-import contextlib
 import json
 import tempfile
 import uuid
@@ -20,12 +19,14 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, Schema, write_deltalake
-from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction
 
+from jobs.delta import append_files, create_table, open_table, read_actions
 from jobs.errors import PublishConflictError, StoreError
 from jobs.schemas import EMBEDDINGS, RELEASES
+from jobs.storage import one_line, open_filesystem, storage_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class Release:
 
     Attributes:
         rows: Catalog rows (product images) in; always `vectors + rejected`.
+        command: What made it: refresh, reindex, or `rollback to N`.
     """
 
     version: int
@@ -48,6 +50,7 @@ class Release:
     rejected: int
     rows: int
     config_hash: str
+    command: str
     quality: dict[str, Any]
 
 
@@ -91,16 +94,28 @@ class Store:
 
     def filesystem(self) -> fsspec.AbstractFileSystem:
         """Return the file system the root lies on."""
-        return fsspec.core.url_to_fs(self.root)[0]
+        return open_filesystem(self.root)[0]
 
     def write_text(self, text: str, *parts: str) -> str:
-        """Write a small text file whole; return its address."""
+        """Write a small text file whole; return its address.
+
+        Raises:
+            StoreError: It can't be written.
+        """
         target = self.uri(*parts)
-        filesystem = self.filesystem()
-        filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
-        with filesystem.open(target, "wb") as file:
-            file.write(text.encode("utf-8", "replace"))
+        with storage_errors(target, "written"):
+            filesystem = self.filesystem()
+            filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+            filesystem.pipe_file(target, text.encode("utf-8", "replace"))
         return target
+
+    def write_json(self, value: dict[str, Any], *parts: str) -> str:
+        """Write a JSON object whole; return its address.
+
+        Raises:
+            StoreError: It can't be written.
+        """
+        return self.write_text(json.dumps(value, indent=2, sort_keys=True), *parts)
 
     def read_json(self, *parts: str) -> dict[str, Any]:
         """Read a JSON object.
@@ -110,10 +125,8 @@ class Store:
         """
         target = self.uri(*parts)
         try:
-            with self.filesystem().open(target, "rb") as file:
-                value = json.loads(file.read())
-        except FileNotFoundError as error:
-            raise StoreError(f"{target} is missing") from error
+            with storage_errors(target, "read"):
+                value = json.loads(self.filesystem().cat_file(target))
         except ValueError as error:
             raise StoreError(f"{target} is corrupted: {error}") from error
         if not isinstance(value, dict):
@@ -121,11 +134,16 @@ class Store:
         return value
 
     def upload(self, source: Path, *parts: str) -> str:
-        """Copy a local file into the store; return its address."""
+        """Copy a local file into the store; return its address.
+
+        Raises:
+            StoreError: It can't be written.
+        """
         target = self.uri(*parts)
-        filesystem = self.filesystem()
-        filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
-        filesystem.put_file(str(source), target)
+        with storage_errors(target, "written"):
+            filesystem = self.filesystem()
+            filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+            filesystem.put_file(str(source), target)
         return target
 
     def local_copy(self, cache: Path, *parts: str) -> Path:
@@ -136,16 +154,16 @@ class Store:
             *parts: Path below the root.
 
         Raises:
-            StoreError: There is no such file.
+            StoreError: There is no such file, or it can't be read.
         """
         filesystem, target = self.filesystem(), self.uri(*parts)
-        if not filesystem.exists(target):
-            raise StoreError(f"{target} is missing")
-        if self.is_local:
-            return Path(target)
-        local = cache.joinpath(*parts)
-        local.parent.mkdir(parents=True, exist_ok=True)
-        filesystem.get(target, str(local), recursive=filesystem.isdir(target))
+        with storage_errors(target, "read"):
+            if self.is_local:
+                filesystem.info(target)
+                return Path(target)
+            local = cache.joinpath(*parts)
+            local.parent.mkdir(parents=True, exist_ok=True)
+            _fetch(filesystem, target, local)
         return local
 
     def add_checkpoint(
@@ -178,28 +196,51 @@ class Store:
 
     def commit_embeddings(self, files: Sequence[DataFile]) -> None:
         """Add written files to the embeddings table in one Delta commit."""
-        now_ms = int(datetime.now(UTC).timestamp() * 1000)
-        actions = [
-            AddAction(f.path, f.size_bytes, {}, now_ms, True, json.dumps({"numRecords": f.rows}))
-            for f in files
-        ]
-        self.embeddings().create_write_transaction(
-            actions, mode="append", schema=Schema.from_arrow(EMBEDDINGS)
-        )
+        address = self.uri("embeddings")
+        self.embeddings()  # made if there is none
+        with storage_errors(address, "committed to"):
+            append_files(address, [_add_action(file) for file in files], EMBEDDINGS)
 
-    def embedding_files(self, version: int) -> list[str]:
+    def embeddings_version(self) -> int | None:
+        """Return the newest version of the embeddings table; None if there is no table.
+
+        Raises:
+            StoreError: The table can't be opened.
+        """
+        address = self.uri("embeddings")
+        try:
+            with storage_errors(address, "opened"):
+                version: int = open_table(address).version()
+                return version
+        except TableNotFoundError:
+            return None
+        except DeltaError as error:
+            raise StoreError(f"{address} can't be opened: {one_line(error)}") from error
+
+    def embedding_files(self, version: int | None) -> list[str]:
         """List the data files of a version of the embeddings table, relative to the table."""
-        actions = pa.table(self.embeddings(version).get_add_actions(flatten=True))
+        if version is None:
+            return []
+        actions = read_actions(self.embeddings(version), self.uri("embeddings"))
         return sorted(actions["path"].to_pylist())
+
+    def embedding_rows(self, version: int | None) -> int:
+        """Count the rows of a version of the embeddings table: all that were appended."""
+        if version is None:
+            return 0
+        actions = read_actions(self.embeddings(version), self.uri("embeddings"))
+        return sum(actions["num_records"].to_pylist())
 
     def releases(self) -> list[Release]:
         """List all releases, newest first; empty if nothing was published."""
-        if not self._has_table("releases"):
-            return []
+        address = self.uri("releases")
         try:
-            rows = self._read_rows(self._table("releases", RELEASES, None))
-        except (OSError, pa.ArrowInvalid) as error:
-            raise StoreError(f"{self.uri('releases')} can't be read: {error}") from error
+            with storage_errors(address, "read"):
+                rows = self._read_rows(open_table(address))
+        except TableNotFoundError:
+            return []
+        except (DeltaError, pa.ArrowInvalid) as error:
+            raise StoreError(f"{address} can't be read: {one_line(error)}") from error
         releases = [Release(**(row | {"quality": json.loads(row["quality"])})) for row in rows]
         return sorted(releases, key=lambda release: -release.version)
 
@@ -209,11 +250,10 @@ class Store:
         pyarrow sees bytes, and no file of Python's: its threads would let go of one after the
         read, and where the process ends just then, they abort it (5 of 70 runs of `status`).
         """
-        actions = pa.table(table.get_add_actions(flatten=True))
+        actions = read_actions(table, self.uri("releases"))
         rows: list[dict[str, Any]] = []
         for path in sorted(actions["path"].to_pylist()):
-            with self.filesystem().open(self.uri("releases", path), "rb") as file:
-                content = pa.BufferReader(file.read())
+            content = pa.BufferReader(self.filesystem().cat_file(self.uri("releases", path)))
             rows += pq.ParquetFile(content).read(use_threads=False).to_pylist()
         return rows
 
@@ -227,11 +267,31 @@ class Store:
         Raises:
             StoreError: There is none.
         """
-        for release in self.releases():
+        releases = self.releases()
+        for release in releases:
             if version in (None, release.version):
                 return release
         wanted = "no release" if version is None else f"no release {version}"
-        raise StoreError(f"store {self.root} has {wanted}; run `vitrine refresh` first")
+        if not releases:
+            raise StoreError(f"store {self.root} has {wanted}; run `vitrine refresh` first")
+        there = ", ".join(str(release.version) for release in releases)
+        raise StoreError(
+            f"store {self.root} has {wanted}, but {there}; `vitrine gc` drops old ones"
+        )
+
+    def candidate(self, run: str) -> Release:
+        """Return a release that a run built and did not publish.
+
+        Raises:
+            StoreError: There is none of that run.
+        """
+        try:
+            return Release(**self.read_json("indexes", run, "release.json"))
+        except (TypeError, StoreError) as error:
+            raise StoreError(
+                f"store {self.root} has no candidate {run!r}: `vitrine reindex --no-publish` "
+                "makes one and prints its name"
+            ) from error
 
     def publish(self, release: Release) -> None:
         """Make a release the newest, in one commit.
@@ -247,15 +307,20 @@ class Store:
         if (current.version if current else None) != release.parent:
             raise self._conflict(release)
         row = asdict(release) | {"quality": json.dumps(release.quality, sort_keys=True)}
-        try:
-            write_deltalake(
-                table,
-                pa.Table.from_pylist([row], schema=RELEASES),
-                mode="append",
-                commit_properties=CommitProperties(max_commit_retries=0),
-            )
-        except CommitFailedError as error:
-            raise self._conflict(release) from error
+        file = self._write_row(row)
+        address = self.uri("releases")
+        with storage_errors(address, "committed to"):
+            if not append_files(address, [_add_action(file)], RELEASES, only_after=table.version()):
+                raise self._conflict(release)
+
+    def _write_row(self, row: dict[str, Any]) -> DataFile:
+        """Write one release as a file that no commit names yet."""
+        name = f"release-{row['version']:06d}-{uuid.uuid4().hex}.parquet"
+        target, content = self.uri("releases", name), pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist([row], schema=RELEASES), content)
+        with storage_errors(target, "written"):
+            self.filesystem().pipe_file(target, content.getvalue().to_pybytes())
+        return DataFile(name, content.getvalue().size, 1)
 
     def _conflict(self, release: Release) -> PublishConflictError:
         return PublishConflictError(
@@ -263,20 +328,13 @@ class Store:
             f"{release.parent}; nothing of this run is visible: run it again"
         )
 
-    def _has_table(self, name: str) -> bool:
-        try:
-            return bool(DeltaTable.is_deltatable(self.uri(name)))
-        except (DeltaError, OSError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise StoreError(f"{self.uri(name)} can't be opened: {first}") from error
-
     def _table(self, name: str, schema: pa.Schema, version: int | None) -> DeltaTable:
         address = self.uri(name)
         try:
-            table = _open_table(address, schema, version)
-        except (DeltaError, OSError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise StoreError(f"{address} can't be opened: {first}") from error
+            with storage_errors(address, "opened"):
+                table = _open_or_create(address, schema, version)
+        except DeltaError as error:
+            raise StoreError(f"{address} can't be opened: {one_line(error)}") from error
         found = pa.schema(table.schema().to_arrow())
         if set(found.names) != set(schema.names):
             raise StoreError(
@@ -286,16 +344,28 @@ class Store:
         return table
 
 
-def _open_table(address: str, schema: pa.Schema, version: int | None) -> DeltaTable:
-    """Open a table; create it empty if there is none."""
+def _open_or_create(address: str, schema: pa.Schema, version: int | None) -> DeltaTable:
     try:
-        return DeltaTable(address, version=version)
+        return open_table(address, version)
     except TableNotFoundError:
-        if "://" not in address:
-            Path(address).mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(CommitFailedError):  # another job created it at this moment
-            DeltaTable.create(address, schema=schema, mode="ignore")
-        return DeltaTable(address, version=version)
+        create_table(address, schema)
+        return open_table(address, version)
+
+
+def _add_action(file: DataFile) -> AddAction:
+    now_ms = int(datetime.now(UTC).timestamp() * 1000)
+    rows = json.dumps({"numRecords": file.rows})
+    return AddAction(file.path, file.size_bytes, {}, now_ms, True, rows)
+
+
+def _fetch(filesystem: fsspec.AbstractFileSystem, target: str, local: Path) -> None:
+    """Copy a remote file or flat folder to this machine; a file appears whole or not at all."""
+    if filesystem.info(target)["type"] == "directory":
+        filesystem.get(target, str(local), recursive=True)
+        return
+    part = local.with_name(f"{local.name}.{uuid.uuid4().hex}.part")
+    filesystem.get_file(target, str(part))
+    part.replace(local)
 
 
 def scratch_folder(name: str) -> Path:

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import ray.train
 from botocore.exceptions import BotoCoreError
 
@@ -29,6 +28,7 @@ from jobs.errors import CatalogError, ConfigError, JobError, StoreError
 from jobs.outputs import check_new_folder
 from jobs.pair_data import PairData
 from jobs.progress import Progress
+from jobs.storage import open_filesystem
 from jobs.store import Store, new_run_id, scratch_folder
 from jobs.train_loop import BEST_FOLDER, HISTORY_FILE, train_spec
 from jobs.train_ray import fit, start_folder
@@ -183,7 +183,7 @@ def _identity(config: JobConfig, section: TrainConfig, fingerprint: str) -> str:
 def _version(path: str) -> str:
     """Return what changes when a file does: its size and time, or its ETag."""
     try:
-        filesystem, local = fsspec.core.url_to_fs(path)
+        filesystem, local = open_filesystem(path)
         return str(filesystem.ukey(local))
     except (OSError, ValueError, BotoCoreError) as error:
         raise CatalogError(f"pairs {path} can't be read: {error}") from error

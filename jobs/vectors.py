@@ -6,7 +6,8 @@ Letters: N rows, D dimension, Q queries, K neighbours.
 """
 
 import hashlib
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,121 +17,57 @@ import ray
 
 from encoders.fusion import fuse_products
 from indexing.search import merge_topk, search_exact
+from jobs.buckets import Records
 from jobs.cluster import cluster_cpus, gather_bounded
-from jobs.diff import locate, read_data_file
 from jobs.errors import StoreError
-from jobs.schemas import UPSERT
+from jobs.live import LiveRows
 from jobs.space import VectorField
+from jobs.state import read_data_file
 from jobs.store import Store
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
-BoolArray = npt.NDArray[np.bool_]
+UInt64Array = npt.NDArray[np.uint64]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LiveRows:
-    """The rows a release is made of.
-
-    Attributes:
-        vector_id: (N,) int64, sorted.
-        generation: (N,) int64: which of the rows of that id is live.
-        product: (N,) int64 hash of the product id.
-        first: (N,) bool: the product's first live image. A text field is indexed once a product.
-        files: Data files that hold a live row.
-        rejected: Catalog rows that are not live.
-    """
-
-    vector_id: Int64Array
-    generation: Int64Array
-    product: Int64Array
-    first: npt.NDArray[np.bool_]
-    files: tuple[str, ...]
-    rejected: int
-
-    @property
-    def products(self) -> int:
-        """How many products have a live row."""
-        return int(self.first.sum())
-
-    def select(self, field: str) -> "LiveRows":
-        """Return the rows that a field's index holds."""
-        if field != "text":
-            return self
-        names = ("vector_id", "generation", "product", "first")
-        return replace(self, **{name: getattr(self, name)[self.first] for name in names})
-
-    def draw(self, rows: int, *, seed: int, salt: str) -> Int64Array:
-        """Draw rows uniformly, by their ids alone: the order of the catalog has no part in it.
-
-        Returns:
-            (min(rows, N),) int64 vector ids, sorted.
-        """
-        mix = np.frombuffer(hashlib.sha256(f"{salt}/{seed}".encode()).digest()[:8], np.uint64)[0]
-        keys = self.vector_id.astype(np.uint64) ^ mix
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
-            keys = (keys ^ (keys >> np.uint64(shift))) * np.uint64(factor)
-        keys ^= keys >> np.uint64(31)
-        rows = min(rows, len(keys))
-        return np.sort(self.vector_id[np.argsort(keys, kind="stable")[:rows]])
-
-
-def mark_first(product: Int64Array, image_number: npt.NDArray[np.integer[Any]]) -> BoolArray:
-    """Mark each product's first image among some rows.
-
-    Args:
-        product: (N,) int64, one number a product.
-        image_number: (N,) integers.
-
-    Returns:
-        (N,) bool.
-    """
-    order = np.lexsort((image_number, product))
-    first = np.zeros(len(product), bool)
-    first[order] = np.append(True, product[order][1:] != product[order][:-1])[: len(product)]
-    return first
-
-
-def read_vectors(
-    store: Store, file: str, field: VectorField, rows: LiveRows, wanted: Int64Array | None = None
-) -> tuple[Int64Array, Float32Array]:
-    """Read a data file's live vectors of one field; fuse them if the field is fused.
+def read_blocks(
+    store: Store, field: VectorField, files: tuple[int, list[str]], rows: Records
+) -> Iterator[tuple[Int64Array, Float32Array]]:
+    """Read the vectors of live rows, a data file at a time; fuse them if the field is fused.
 
     Args:
         store: The store.
-        file: The data file.
-        field: The field.
-        rows: The field's live rows.
-        wanted: (M,) sorted vector ids to keep; all live ones if None.
+        field: The field; `text` takes the first row of each product alone.
+        files: Number of the first data file, and their names.
+        rows: (N,) `LIVE_DTYPE` rows of these files.
 
-    Returns:
-        Ids (N,) int64 and vectors (N, D) float32 unit rows, sorted by id.
+    Yields:
+        Of each file with a row: ids (N,) int64 and vectors (N, D) float32 unit rows, by id.
 
     Raises:
         StoreError: A live row has no such vector: it was stored for other fields, or its image
             and text cancel out at this weight.
     """
+    first, names = files
+    rows = rows[rows["first"]] if field.name == "text" else rows
+    rows = np.sort(rows, order=["file", "vector_id"])
+    for number in np.unique(rows["file"]).tolist():
+        mine = rows[rows["file"] == number]
+        yield mine["vector_id"].copy(), _read_file(store, names[number - first], field, mine)
+
+
+def _read_file(store: Store, file: str, field: VectorField, rows: Records) -> Float32Array:
     columns = [f"{name}_embedding" for name in field.columns]
-    table = read_data_file(store, file, ["vector_id", "generation", "operation", *columns])
-    ids = table["vector_id"].to_numpy()
-    places, known = locate(rows.vector_id, ids)
-    keep = known & (table["operation"].to_numpy() == UPSERT)
-    if len(rows.vector_id):
-        keep &= rows.generation[places] == table["generation"].to_numpy()
-    if wanted is not None:
-        keep &= locate(wanted, ids)[1]
-    kept = table.filter(pa.array(keep)).sort_by("vector_id")
-    if len(kept) == 0:
-        return np.zeros(0, np.int64), np.zeros((0, field.dim), np.float32)
-    vectors = _fuse(field, [_unit_rows(kept[name]) for name in columns])
+    table = read_data_file(store, file, columns).take(pa.array(rows["row"]))
+    vectors = _fuse(field, [_unit_rows(table[name]) for name in columns])
     missing = np.isnan(vectors).any(axis=1)
     if vectors.shape[1] != field.dim or missing.any():
         raise StoreError(
             f"{store.uri('embeddings', file)}: field {field.name} needs {field.dim} dimensions a "
-            f"row, found {vectors.shape[1]}; {int(missing.sum())} of {len(kept)} rows have no "
+            f"row, found {vectors.shape[1]}; {int(missing.sum())} of {len(rows)} rows have no "
             f"such vector at image_weight {field.fusion.image_weight}"
         )
-    return kept["vector_id"].to_numpy(), vectors
+    return vectors
 
 
 def _unit_rows(column: pa.ChunkedArray) -> Float32Array:
@@ -159,66 +96,106 @@ def _fuse(field: VectorField, parts: list[Float32Array]) -> Float32Array:
     return np.ascontiguousarray(fused)
 
 
-def gather_vectors(
-    store: Store,
-    field: VectorField,
-    rows: Any,  # noqa: ANN401 - a reference
-    files: tuple[str, ...],
-    wanted: Int64Array,
+def sample_vectors(
+    store: Store, field: VectorField, live: LiveRows, *, rows: int, seed: int, salt: str
 ) -> list[Any]:
-    """Start a task a file that reads the wanted vectors; return their references.
+    """Draw live rows uniformly, by their ids alone: the order of the catalog has no part in it.
 
     Args:
         store: The store.
         field: The field.
-        rows: Reference to the field's `LiveRows`.
-        files: Data files.
-        wanted: (M,) sorted vector ids.
+        live: All live rows; the field takes its own of them.
+        rows: How many to draw.
+        seed: Another seed, another sample.
+        salt: What the sample is for.
 
     Returns:
-        References to (ids, vectors) as `read_vectors` returns them; see `concatenate`.
+        References to (ids, vectors), one a group of files, with some rows too many; `concatenate`
+        keeps those with the smallest keys.
     """
-    return [_read_wanted.remote(store, file, field, rows, wanted) for file in files]
+    count = live.count(field.name)
+    # Six standard deviations more than asked: fewer than `rows` pass once in a billion times.
+    share = (rows + 6 * math.sqrt(rows) + 16) / max(1, count)
+    limit = 2**64 - 1 if share >= 1 else int(share * 2**64)
+    return [
+        _read_sample.remote(store, field, files, (seed, salt, limit), *parts)
+        for files, parts in zip(live.files, live.parts, strict=True)
+        if rows
+    ]
 
 
 @ray.remote(num_cpus=1)
-def _read_wanted(
-    store: Store, file: str, field: VectorField, rows: LiveRows, wanted: Int64Array
+def _read_sample(
+    store: Store,
+    field: VectorField,
+    files: tuple[int, list[str]],
+    draw: tuple[int, str, int],
+    *parts: Records,
 ) -> tuple[Int64Array, Float32Array]:
-    return read_vectors(store, file, field, rows, wanted)
+    seed, salt, limit = draw
+    rows = np.concatenate(parts)
+    rows = rows[mix_ids(rows["vector_id"], seed, salt) <= np.uint64(limit)]
+    return join_blocks(list(read_blocks(store, field, files, rows)), field.dim)
+
+
+def mix_ids(vector_ids: Int64Array, seed: int, salt: str) -> UInt64Array:
+    """Return a key a vector id: (N,) uint64, uniform, the same in every run."""
+    mix = np.frombuffer(hashlib.sha256(f"{salt}/{seed}".encode()).digest()[:8], np.uint64)[0]
+    keys: UInt64Array = vector_ids.astype(np.uint64) ^ mix
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
+        keys = (keys ^ (keys >> np.uint64(shift))) * np.uint64(factor)
+    keys ^= keys >> np.uint64(31)
+    return keys
 
 
 def concatenate(
-    parts: tuple[tuple[Int64Array, Float32Array], ...],
+    parts: tuple[tuple[Int64Array, Float32Array], ...], *, rows: int, seed: int, salt: str
 ) -> tuple[Int64Array, Float32Array]:
-    """Join what was read of several files, sorted by id.
+    """Join what `sample_vectors` read, and keep the rows with the smallest keys, sorted by id.
 
     Args:
-        parts: Ids (N,) int64 and vectors (N, D) float32 of each file.
+        parts: Ids (N,) int64 and vectors (N, D) float32 of each group of files.
+        rows: How many to keep.
+        seed: As for `sample_vectors`.
+        salt: As for `sample_vectors`.
     """
-    filled = [(ids, vectors) for ids, vectors in parts if len(ids)]
+    ids, vectors = join_blocks(parts, 0)
+    keys = mix_ids(ids, seed, salt)
+    kept = np.sort(np.argsort(keys, kind="stable")[:rows])
+    return ids[kept], vectors[kept]
+
+
+def join_blocks(
+    blocks: tuple[tuple[Int64Array, Float32Array], ...] | list[tuple[Int64Array, Float32Array]],
+    dim: int,
+) -> tuple[Int64Array, Float32Array]:
+    """Join blocks of ids and vectors, sorted by id.
+
+    Args:
+        blocks: Ids (N,) int64 and vectors (N, D) float32 of each.
+        dim: D, should there be no row.
+    """
+    filled = [(ids, vectors) for ids, vectors in blocks if len(ids)]
     if not filled:
-        return np.zeros(0, np.int64), np.zeros((0, 0), np.float32)
-    ids = np.concatenate([part[0] for part in filled])
+        return np.zeros(0, np.int64), np.zeros((0, dim), np.float32)
+    ids = np.concatenate([block[0] for block in filled])
     order = np.argsort(ids)
-    return ids[order], np.concatenate([part[1] for part in filled])[order]
+    return ids[order], np.concatenate([block[1] for block in filled])[order]
 
 
 def exact_search(
     store: Store,
     field: VectorField,
-    rows: Any,  # noqa: ANN401 - a reference
-    files: tuple[str, ...],
+    live: LiveRows,
     queries: Any,  # noqa: ANN401 - a reference
     k: int,
 ) -> tuple[Float32Array, Int64Array]:
-    """Compare queries with every live vector of a field, a Ray task a data file.
+    """Compare queries with every live vector of a field, a Ray task a group of data files.
 
     Args:
         store: The store.
         field: The field.
-        rows: Reference to the field's `LiveRows`.
-        files: Data files.
+        live: All live rows; the field takes its own of them.
         queries: Reference to (Q, D) float32 unit rows.
         k: K >= 1.
 
@@ -226,14 +203,15 @@ def exact_search(
         Scores (Q, K) float32, best first, and vector ids (Q, K) int64, padded with -1.
 
     Raises:
-        StoreError: As `read_vectors`, or there is no file to search.
+        StoreError: A row has no vector, or there is no row to search.
     """
 
-    def submit(file: str) -> Any:  # noqa: ANN401
-        return _exact_block.remote(store, file, field, rows, queries, k)
+    def submit(group: tuple[tuple[int, list[str]], list[Any]]) -> Any:  # noqa: ANN401
+        return _exact_block.remote(store, field, group[0], queries, k, *group[1])
 
     best: Any = None
-    for part in gather_bounded(submit, files, in_flight=2 * cluster_cpus()):
+    groups = zip(live.files, live.parts, strict=True)
+    for part in gather_bounded(submit, groups, in_flight=2 * cluster_cpus()):
         best = part if best is None else merge_topk([best, part], k)
     if best is None:
         raise StoreError(f"store {store.root}: no file holds vectors of field {field.name}")
@@ -243,6 +221,11 @@ def exact_search(
 
 @ray.remote(num_cpus=1)
 def _exact_block(
-    store: Store, file: str, field: VectorField, rows: LiveRows, queries: Float32Array, k: int
+    store: Store,
+    field: VectorField,
+    files: tuple[int, list[str]],
+    queries: Float32Array,
+    k: int,
+    *parts: Records,
 ) -> tuple[Float32Array, Int64Array]:
-    return search_exact(queries, [read_vectors(store, file, field, rows)], k)
+    return search_exact(queries, read_blocks(store, field, files, np.concatenate(parts)), k)

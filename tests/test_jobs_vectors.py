@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from table_rows import make_live
 
 from encoders.checkpoint import (
     CheckpointConfig,
@@ -16,16 +17,17 @@ from encoders.fusion import FusionSpec, fuse
 from encoders.spec import EncoderSpec
 from jobs.cluster import ray_session
 from jobs.config import JobConfig, RayConfig
-from jobs.diff import read_data_file
 from jobs.embed_write import write_data_file
 from jobs.errors import ConfigError, StoreError
+from jobs.live import LiveRows
 from jobs.progress import Progress
 from jobs.refresh import refresh
 from jobs.schemas import EMBEDDINGS
 from jobs.search import Searcher
 from jobs.space import VectorField
+from jobs.state import read_data_file
 from jobs.store import Store
-from jobs.vectors import LiveRows, exact_search, read_vectors
+from jobs.vectors import exact_search, read_blocks
 
 ROWS = 10
 NO_GATE = {"max_reject_share": 1, "min_intersection_at_10": 0, "min_self_retrieval": 0}
@@ -134,7 +136,10 @@ def test_catalog_without_an_image_column(products, tmp_path):
         tmp_path / "store", catalog, embed={"fields": ["multimodal"]}
     )
     assert (result.live, result.rejected) == (ROWS, 0)
-    assert report["masked"] == [{"reason": "missing_image", "rows": ROWS, "examples": []}]
+    (masked,) = report["masked"]
+    assert masked == {
+        "reason": "missing_image", "kind": "permanent", "rows": ROWS, "examples": [],
+    }  # fmt: skip
     assert answers(searcher, products[2]["title"])[0][1] == pytest.approx(1, abs=1e-3)
 
 
@@ -206,14 +211,6 @@ def write_vectors(store, ids, image, text):
     return write_data_file(store, pa.table(arrays, EMBEDDINGS), 1)
 
 
-def live_of(ids):
-    ids = np.array(ids, np.int64)
-    ones = np.ones(len(ids), np.int64)
-    return LiveRows(
-        vector_id=ids, generation=ones, product=ids, first=ones > 0, files=(), rejected=0
-    )
-
-
 def multimodal(dim, **fusion):
     spec = FusionSpec(**fusion)
     return VectorField(name="multimodal", dim=spec.field_dim("multimodal", dim), fusion=spec)
@@ -224,25 +221,36 @@ def test_a_fused_field_is_computed_from_what_is_stored(tmp_path):
     image, text = unit_rows(random, 3, 8), unit_rows(random, 3, 8)
     file = write_vectors(store, [3, 1, 2], [image[0], None, image[2]], [text[0], text[1], None])
     field = multimodal(8, image_weight=0.25)
-    ids, vectors = read_vectors(store, file.path, field, live_of([1, 2, 3]))
+    rows = make_live(*({"vector_id": v, "row": r} for r, v in enumerate([3, 1, 2])))
+    ((ids, vectors),) = read_blocks(store, field, (0, [file.path]), rows)
     assert ids.tolist() == [1, 2, 3]
     expected = [text[1], image[2], fuse(image[:1], text[:1], 0.25)[0]]
     np.testing.assert_allclose(vectors, expected, atol=1e-5)
-    some, _ = read_vectors(store, file.path, field, live_of([1, 3]), np.array([3]))
-    assert some.tolist() == [3]
-    none, empty = read_vectors(store, file.path, field, live_of([7]))
-    assert (len(none), empty.shape) == (0, (0, 8))
+    ((ids, vectors),) = read_blocks(store, field, (0, [file.path]), rows[1:2])
+    assert ids.tolist() == [2]
+    np.testing.assert_allclose(vectors, [image[2]], atol=1e-5)
+    assert list(read_blocks(store, field, (0, [file.path]), rows[:0])) == []
+
+
+def test_a_text_field_takes_the_first_rows_alone(tmp_path):
+    store, text = Store(str(tmp_path)), unit_rows(np.random.default_rng(0), 2, 8)
+    file = write_vectors(store, [1, 2], [None, None], list(text))
+    rows = make_live({"vector_id": 1, "row": 0, "first": False}, {"vector_id": 2, "row": 1})
+    field = VectorField(name="text", dim=8, fusion=FusionSpec())
+    ((ids, _),) = read_blocks(store, field, (0, [file.path]), rows)
+    assert ids.tolist() == [2]
 
 
 def test_a_file_without_any_image(tmp_path):
     store, text = Store(str(tmp_path)), unit_rows(np.random.default_rng(1), 2, 8)
     file = write_vectors(store, [1, 2], [None, None], list(text))
-    _, vectors = read_vectors(store, file.path, multimodal(8), live_of([1, 2]))
+    rows = make_live({"vector_id": 1, "row": 0}, {"vector_id": 2, "row": 1})
+    ((_, vectors),) = read_blocks(store, multimodal(8), (0, [file.path]), rows)
     np.testing.assert_allclose(vectors, text, atol=1e-5)
     doubled = multimodal(8, kind="alpha_concat")
     for field in (doubled, VectorField(name="image", dim=8, fusion=FusionSpec())):
         with pytest.raises(StoreError, match=r"2 of 2 rows|found 0"):
-            read_vectors(store, file.path, field, live_of([1, 2]))
+            list(read_blocks(store, field, (0, [file.path]), rows))
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -255,11 +263,16 @@ def test_exact_search_goes_through_all_files(tmp_path):
         write_vectors(store, ids, list(image[ids]), list(text[ids])).path
         for ids in ([0, 1, 2], [3, 4, 5])
     ]
-    field, rows = multimodal(8, image_weight=0.7), live_of(range(6))
+    field = multimodal(8, image_weight=0.7)
+    places = [{"vector_id": n, "file": n // 3, "row": n % 3} for n in range(6)]
+    rows = LiveRows(
+        files=[(0, files[:1]), (1, files[1:])],
+        parts=[[ray.put(make_live(*places[:2])), ray.put(make_live(places[2]))],
+               [ray.put(make_live(*places[3:]))]],
+        vectors=6, products=6, rejected=0, most_images=1,
+    )  # fmt: skip
     database = fuse(image, text, 0.7)
-    scores, found = exact_search(
-        store, field, ray.put(rows), tuple(files), ray.put(database[:2]), 3
-    )
+    scores, found = exact_search(store, field, rows, ray.put(database[:2]), 3)
     exact = database[:2] @ database.T
     assert found.tolist() == np.argsort(-exact, axis=1)[:, :3].tolist()
     np.testing.assert_allclose(scores, -np.sort(-exact, axis=1)[:, :3], atol=1e-3)

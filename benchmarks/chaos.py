@@ -1,0 +1,74 @@
+"""Breaks refreshes on purpose and prints what came of it.
+
+    python benchmarks/chaos.py kills --kills 20 --seed 0 [--products 400] [--json]
+
+kills  kill -9 of the driver, an embedding actor, another worker, the raylet, the whole Ray head,
+       or all at once, at seeded random moments of first builds and of refreshes on top of a
+       release; each is started again until it survives, and compared with an uninterrupted one.
+
+The harness is tests/chaos.py. Exit status 1 where anything was lost, doubled, half visible or not
+said in one line.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+BAD = ("rows_lost", "duplicates", "half_visible_releases", "differences", "faults")
+Figures = dict[str, Any]
+
+
+def run_kills(arguments: argparse.Namespace, folder: Path) -> Figures:
+    """Kill refreshes; return the figures."""
+    sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+    chaos = importlib.import_module("chaos")
+    figures: Figures = chaos.run_kills(
+        folder, kills=arguments.kills, seed=arguments.seed, products=arguments.products
+    )
+    return figures
+
+
+def print_figures(figures: Figures) -> None:
+    """Print a line a figure; a list gets a line an entry."""
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {count}" for key, count in value.items())
+        if isinstance(value, list):
+            value = f"{len(value)}" + "".join(f"\n  {entry}" for entry in value)
+        print(f"{name.replace('_', ' ')}: {value}")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    kills = commands.add_parser("kills", help="kill -9 at random moments")
+    kills.add_argument("--kills", type=int, default=20, help="how many")
+    kills.add_argument("--products", type=int, default=400, help="in the catalog")
+    kills.set_defaults(run=run_kills)
+    for command in (kills,):
+        command.add_argument("--seed", type=int, default=0, help="of victims and moments")
+        command.add_argument("--json", action="store_true", help="one JSON object")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run a subcommand; what it left on disk is kept only where something went wrong."""
+    arguments = _parse()
+    run: Callable[[argparse.Namespace, Path], Figures] = arguments.run
+    with tempfile.TemporaryDirectory(prefix="vitrine-chaos-") as folder:
+        figures = run(arguments, Path(folder))
+    if arguments.json:
+        print(json.dumps(figures))
+    else:
+        print_figures(figures)
+    raise SystemExit(any(figures[name] for name in BAD))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Commands that keep a store: reindex, export, rejects, rollback, gc."""
+
+import sys
+from dataclasses import asdict
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+
+from jobs.cli_options import (
+    ConfigOption,
+    JsonOption,
+    QuietOption,
+    SetOption,
+    load_config,
+    print_json,
+    print_result,
+)
+from jobs.progress import Progress
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: vitrine reindex --config FILE --set index.pq_m=64 --no-publish")
+def reindex(
+    config: ConfigOption,
+    publish: Annotated[
+        bool, typer.Option("--publish/--no-publish", help="Or leave it for `evaluate --candidate`.")
+    ] = True,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Build the indexes anew from stored embeddings; with another encoder, embed all with it."""
+    from jobs.reindex import reindex as run
+
+    result = run(load_config(config, overrides), Progress(quiet=quiet), publish=publish)
+    print_json(asdict(result)) if as_json else print_result(result)
+
+
+@app.command(epilog="Example: vitrine rejects --config FILE --kind transient --limit 0 --json")
+def rejects(
+    config: ConfigOption,
+    reasons: Annotated[
+        list[str] | None, typer.Option("--reason", help="Only this one, as in timeout. Repeatable.")
+    ] = None,
+    kind: Annotated[
+        Literal["transient", "permanent"] | None,
+        typer.Option(
+            "--kind",
+            help="transient: tried again by the next refresh, images.max_attempts times in all.",
+        ),
+    ] = None,
+    masked: Annotated[
+        bool,
+        typer.Option("--masked", help="List what is live without its image or text instead."),
+    ] = False,
+    limit: Annotated[
+        int, typer.Option("--limit", "-n", min=0, help="Most rows that are listed; 0: all.")
+    ] = 50,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what could not be embedded, and why: the latest first."""
+    from jobs.reject_rows import RejectQuery
+    from jobs.rejects import json_parts, open_rejects, parse_reasons, print_rejects
+
+    query = RejectQuery(
+        reasons=parse_reasons(reasons or ()),
+        kinds=("transient", "permanent") if kind is None else (kind,),
+        masked=masked,
+        limit=limit,
+    )
+    with open_rejects(load_config(config, overrides), query) as found:
+        if not as_json:
+            print_rejects(found, Console(width=None if sys.stdout.isatty() else 160))
+            return
+        for part in json_parts(found):
+            typer.echo(part, nl=False)
+        typer.echo()
+
+
+@app.command(epilog="Example: vitrine export --config FILE --to s3://bucket/vectors --column price")
+def export(
+    config: ConfigOption,
+    to: Annotated[
+        str, typer.Option("--to", metavar="DIR", help="A new folder, or s3://bucket/prefix.")
+    ],
+    release: Annotated[
+        int | None, typer.Option("--release", help="A release's version; else the newest.")
+    ] = None,
+    fields: Annotated[
+        list[str] | None,
+        typer.Option("--field", help="image, text or multimodal; else all. Repeatable."),
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--column", help="A metadata column; else all. Repeatable."),
+    ] = None,
+    metadata: Annotated[
+        bool, typer.Option("--metadata/--no-metadata", help="Or no metadata column at all.")
+    ] = True,
+    dtype: Annotated[
+        Literal["float16", "float32"],
+        typer.Option("--dtype", help="float32 where a reader knows no float16, as Spark."),
+    ] = "float16",
+    rows_per_file: Annotated[
+        int, typer.Option("--rows-per-file", min=1, help="Most rows of a file.")
+    ] = 250_000,
+    row_group_rows: Annotated[
+        int, typer.Option("--row-group-rows", min=1, help="Most rows of a row group.")
+    ] = 25_000,
+    partition_by: Annotated[
+        list[str] | None,
+        typer.Option("--partition-by", help="A metadata column for Hive folders. Repeatable."),
+    ] = None,
+    index: Annotated[
+        bool, typer.Option("--index", help="Copy index files and query encoder to DIR/_serving.")
+    ] = False,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a release's embeddings as plain Parquet, listed in _manifest.json, written last."""
+    from jobs.export import export as run
+    from jobs.export_layout import ExportOptions
+
+    if columns and not metadata:
+        raise typer.BadParameter("give --column or --no-metadata, not both")
+    options = ExportOptions(
+        to=to,
+        release=release,
+        fields=tuple(fields or ()),
+        columns=(tuple(columns) if columns else None) if metadata else (),
+        dtype=dtype,
+        rows_per_file=rows_per_file,
+        row_group_rows=row_group_rows,
+        partition_by=tuple(partition_by or ()),
+        index=index,
+    )
+    result = run(load_config(config, overrides), options, Progress(quiet=quiet))
+    if as_json:
+        print_json(asdict(result))
+        return
+    typer.echo(
+        f"release {result.release} exported: {result.rows:,} rows of {result.products:,} products, "
+        f"{', '.join(result.fields)}; {result.files:,} files, {decimal(result.size_bytes)}\n"
+        f"manifest: {result.manifest}"
+    )
+    if result.serving is not None:
+        typer.echo(f"for serving: {result.serving}")
+
+
+@app.command(epilog="Example: vitrine rollback 3 --config jobs/configs/grocery.yaml")
+def rollback(
+    config: ConfigOption,
+    release: Annotated[
+        int | None,
+        typer.Argument(metavar="[RELEASE]", help="Else the one that the newest replaced."),
+    ] = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make an older release the newest again, in one commit."""
+    from jobs.rollback import rollback as run
+
+    result = run(load_config(config, overrides), Progress(quiet=quiet), release)
+    if as_json:
+        print_json(asdict(result))
+        return
+    typer.echo(
+        f"release {result.release} published: what release {result.content} shows, in place of "
+        f"release {result.replaced}: {result.products:,} products, {result.live:,} live rows"
+    )
+
+
+@app.command(epilog="Example: vitrine gc --config FILE --keep 7 --dry-run")
+def gc(
+    config: ConfigOption,
+    keep: Annotated[int, typer.Option("--keep", min=1, help="How many releases stay.")] = 3,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tell what would go; change nothing.")
+    ] = False,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Keep the newest releases; remove what neither they nor running jobs need."""
+    from jobs.gc import describe
+    from jobs.gc import gc as run
+
+    progress = Progress(quiet=quiet)
+    result = run(load_config(config, overrides), progress, keep=keep, dry_run=dry_run)
+    print_json(asdict(result)) if as_json else typer.echo(describe(result))

@@ -1,0 +1,188 @@
+"""From a catalog to a release: compare, embed, build, gate, publish.
+
+What `refresh` runs, and `reindex` where the encoder is another one.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.build import BuildTask, build_version
+from jobs.catalog import Catalog
+from jobs.config import JobConfig
+from jobs.diff import Counts, Diff, compare_with_store, read_retry
+from jobs.embed import EmbedResult, embed_rows
+from jobs.embed_steps import EmbedTask
+from jobs.errors import FingerprintError
+from jobs.gate import Built
+from jobs.inputs import add_encoder, open_catalog, read_fusion
+from jobs.live import join_live
+from jobs.publish import Changes, RunResult, conclude
+from jobs.report import write_idle_report
+from jobs.run import Run
+from jobs.space import VectorSpace, resolve_fields
+from jobs.store import Release
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a run starts from.
+
+    Attributes:
+        contract: The query contract of the release it would make.
+    """
+
+    config: JobConfig
+    catalog: Catalog
+    space: VectorSpace
+    contract: dict[str, Any]
+
+
+def open_inputs(config: JobConfig, run: Run) -> Inputs:
+    """Open the catalog for the configured fields, and put the encoder into the store.
+
+    Raises:
+        CatalogError: See `jobs.inputs.open_catalog`.
+        ConfigError: See `jobs.inputs.add_encoder`.
+    """
+    fields = resolve_fields(config.embed, read_fusion(config.encoder))
+    catalog = open_catalog(config.catalog, fields)
+    space, contract = add_encoder(config, run.store)
+    return Inputs(config=config, catalog=catalog, space=space, contract=contract)
+
+
+def check_same_encoder(run: Run, space: VectorSpace) -> None:
+    """Refuse an encoder that isn't the newest release's.
+
+    Raises:
+        FingerprintError: It is another one.
+    """
+    if run.parent is not None and run.parent.encoder != space.encoder:
+        theirs = run.store.uri("checkpoints", run.parent.encoder)
+        raise FingerprintError(
+            f"store {run.store.root} serves embeddings of encoder {run.parent.encoder[:12]}, the "
+            f"config names {space.encoder[:12]}: `vitrine reindex` embeds everything with it and "
+            f"switches in one commit; or keep that encoder (encoder.checkpoint: {theirs})"
+        )
+
+
+def compare(run: Run, config: JobConfig, catalog: Catalog, space: VectorSpace) -> Diff:
+    """Compare the catalog with the store.
+
+    Raises:
+        CatalogError: A product id is null, empty or occurs twice, or a file is damaged.
+        StoreError: The table or the newest release can't be read.
+    """
+    with run.stage("compare the catalog with the store") as counted:
+        diff = compare_with_store(
+            catalog,
+            run.store,
+            space.encoder,
+            space.recipe,
+            images=config.images,
+            bucket_rows=config.ray.bucket_rows,
+            parent=_parent_of(run, space),
+            retry=read_retry(config, run.store, run.parent),
+        )
+        counted["rows"] = diff.plan.rows
+    run.log("diff", up_to_date=diff.up_to_date, **describe_counts(diff.counts))
+    return diff
+
+
+def describe_counts(counts: Counts) -> dict[str, int]:
+    """Return the counts of a diff as plain values."""
+    names = ("new", "changed", "changed_text", "changed_image", "removed", "unchanged")
+    more = ("metadata_changed", "retried", "formerly_rejected")
+    return {name: getattr(counts, name) for name in (*names, *more)}
+
+
+def _parent_of(run: Run, space: VectorSpace) -> Release | None:
+    """Return the newest release if its rows are of the same encoder."""
+    same = run.parent is not None and run.parent.encoder == space.encoder
+    return run.parent if same else None
+
+
+def refresh_catalog(run: Run, inputs: Inputs, *, publish: bool = True) -> RunResult:
+    """Embed what changed, build every index, publish if quality holds.
+
+    Args:
+        run: The run.
+        inputs: What it starts from.
+        publish: Whether to publish; else the release is left as a candidate.
+
+    Raises:
+        JobError: See `jobs.errors`; what was embedded stays for the next run.
+    """
+    config = inputs.config
+    diff = compare(run, config, inputs.catalog, inputs.space)
+    if diff.up_to_date and run.parent and run.parent.config_hash == config.hash():
+        return _nothing_to_do(run, run.parent, inputs, diff)
+    task = EmbedTask(
+        catalog=inputs.catalog,
+        images=config.images,
+        embed=config.embed,
+        store=run.store,
+        space=inputs.space,
+        generation=run.new_generation(diff.counts.generation),
+    )
+    embedded = _embed(run, task, diff)
+    build, built = _build(run, inputs, diff)
+    changes = Changes(counts=diff.counts, embedded=embedded)
+    return conclude(run, build, built, changes, publish=publish)
+
+
+def _embed(run: Run, task: EmbedTask, diff: Diff) -> EmbedResult:
+    with run.stage("embed") as counted, run.progress.count(diff.todo_rows) as shown:
+        result = embed_rows(task, diff, shown.update)
+        counted["rows"] = result.embedded + result.rejected
+    for name, seconds in result.seconds.items():
+        run.add_stage(f"embed: {name.removesuffix('_s')}", seconds, counted["rows"])
+    return result
+
+
+def _build(run: Run, inputs: Inputs, diff: Diff) -> tuple[BuildTask, Built]:
+    with run.stage("find the live rows") as counted:
+        version = run.store.embeddings().version()
+        live = join_live(
+            diff.plan,
+            run.store,
+            version,
+            inputs.space.encoder,
+            bucket_rows=inputs.config.ray.bucket_rows,
+            parent=_parent_of(run, inputs.space),
+        )
+        counted["rows"] = diff.plan.rows
+    task = BuildTask(
+        config=inputs.config,
+        catalog=inputs.catalog,
+        space=inputs.space,
+        contract=inputs.contract,
+        live=live,
+        plan=diff.plan,
+        version=version,
+    )
+    return task, build_version(run, task)
+
+
+def _nothing_to_do(run: Run, parent: Release, inputs: Inputs, diff: Diff) -> RunResult:
+    """Report that the newest release already shows the catalog as it is."""
+    changes = Changes(counts=diff.counts, embedded=EmbedResult())
+    run.log("nothing to do", release=parent.version)
+    address = write_idle_report(run.store, run.run_id, parent, run.stages)
+    run.write_log()
+    return RunResult(
+        release=parent.version,
+        published=False,
+        candidate="",
+        report=address,
+        run=run.run_id,
+        rows=parent.rows,
+        products=parent.products,
+        live=parent.vectors,
+        rejected=parent.rejected,
+        new=0,
+        changed=0,
+        removed=0,
+        unchanged=changes.counts.unchanged,
+        metadata_changed=0,
+        embedded=0,
+    )

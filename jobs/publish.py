@@ -1,0 +1,183 @@
+"""The last step of a run: gate, publish in one commit, report either way."""
+
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from jobs.build import BuildTask
+from jobs.diff import Counts
+from jobs.embed import EmbedResult
+from jobs.errors import GateError
+from jobs.gate import Built, check_gate, release_quality
+from jobs.report import write_report
+from jobs.run import Run
+from jobs.store import Release
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a refresh or a reindex did. Counts are rows (product images), but for `products`.
+
+    Attributes:
+        release: The newest release after the run.
+        published: Whether this run published it.
+        candidate: Name of the index version that was built and not published; else empty.
+    """
+
+    release: int
+    published: bool
+    candidate: str
+    report: str
+    run: str
+    rows: int
+    products: int
+    live: int
+    rejected: int
+    new: int
+    changed: int
+    removed: int
+    unchanged: int
+    metadata_changed: int
+    embedded: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What a run changed in the table before it built; all zero for a reindex."""
+
+    counts: Counts
+    embedded: EmbedResult
+
+
+def conclude(
+    run: Run, task: BuildTask, built: Built, changes: Changes, *, publish: bool
+) -> RunResult:
+    """Publish if the gate holds; write the report either way.
+
+    Args:
+        run: The run.
+        task: What was built from.
+        built: What was built.
+        changes: What the run changed before.
+        publish: Whether to publish; else the release is left as a candidate.
+
+    Raises:
+        GateError: Measured quality is under the bar; nothing was published.
+        PublishConflictError: Another job published meanwhile.
+    """
+    rows = built.live.rows.vectors + built.live.rows.rejected
+    failures = check_gate(task.config.gate, rows, built, run.parent)
+    work = _work(run, task, changes.embedded)
+    release = _make_release(run, task, built, rows, work)
+    published = publish and not failures
+    if published:
+        run.store.publish(release)
+    elif built.indexes:
+        run.store.write_json(asdict(release), "indexes", run.run_id, "release.json")
+    run.log("gate", failures=failures, published=published)
+    before = run.parent.version if run.parent else 0
+    report = asdict(release) | {
+        "command": run.command,
+        "published": published,
+        "release": release.version if published else before,
+        "gate_failures": failures,
+        "parent": before or None,
+        **describe_changes(changes),
+        "share_of_first_build": _share_of_first_build(work),
+        "rejects": built.rejects,
+        "masked": built.masked,
+        "placeholders": built.placeholders,
+        "distinct_images": built.live.distinct,
+        "indexes": [asdict(index) for index in built.indexes],
+        "labelled": {
+            "queries": built.measured.queries,
+            "by": "photo" if task.asks_with_photos else "words",
+            "recall": built.measured.recall,
+            "failed": built.measured.failed,
+        },
+        "stages": run.stages,
+        "config": task.config.model_dump(mode="json"),
+    }
+    root, sheet = task.catalog.root, built.measured.sheet
+    address = write_report(run.store, run.run_id, report, sheet, root, task.config.images)
+    run.write_log()
+    if failures:
+        raise GateError(failures, address)
+    return RunResult(
+        release=report["release"],
+        published=published,
+        candidate="" if published else run.run_id,
+        report=address,
+        run=run.run_id,
+        rows=rows,
+        products=release.products,
+        live=release.vectors,
+        rejected=release.rejected,
+        new=changes.counts.new,
+        changed=changes.counts.changed,
+        removed=changes.counts.removed,
+        unchanged=changes.counts.unchanged,
+        metadata_changed=changes.counts.metadata_changed,
+        embedded=changes.embedded.embedded,
+    )
+
+
+def _work(run: Run, task: BuildTask, embedded: EmbedResult) -> dict[str, Any]:
+    """Return what embedding took, beside what it took in the first build with this encoder."""
+    own = {"embedded": embedded.embedded, "embed_s": embedded.wall_s}
+    same = run.parent is not None and run.parent.encoder == task.space.encoder
+    first = run.parent.quality["work"]["first_build"] if run.parent and same else own
+    return own | {"first_build": first}
+
+
+def _make_release(
+    run: Run, task: BuildTask, built: Built, rows: int, work: dict[str, Any]
+) -> Release:
+    before = run.parent.version if run.parent else 0
+    return Release(
+        version=before + 1,
+        parent=before or None,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        run=run.run_id,
+        encoder=task.space.encoder,
+        embeddings_version=built.embeddings_version,
+        indexes=run.run_id,
+        products=built.live.rows.products,
+        vectors=built.live.rows.vectors,
+        rejected=built.live.rows.rejected,
+        rows=rows,
+        config_hash=task.config.hash(),
+        command=run.command,
+        quality=release_quality(built) | {"work": work},
+    )
+
+
+def describe_changes(changes: Changes) -> dict[str, Any]:
+    """Return the report's figures on the diff and on embedding."""
+    counts, embedded = changes.counts, changes.embedded
+    return {
+        "new": counts.new,
+        "changed": counts.changed,
+        "changed_text": counts.changed_text,
+        "changed_image": counts.changed_image,
+        "removed": counts.removed,
+        "unchanged": counts.unchanged,
+        "metadata_changed": counts.metadata_changed,
+        "retried": counts.retried,
+        "formerly_rejected": counts.formerly_rejected,
+        "embedded": embedded.embedded,
+        "embed_s": embedded.wall_s,
+        "rejected_in_run": embedded.rejected,
+        "images_embedded": embedded.images_embedded,
+        "images_reused": embedded.images_reused,
+        "image_bytes": embedded.image_bytes,
+        "written_bytes": embedded.written_bytes,
+    }
+
+
+def _share_of_first_build(work: dict[str, Any]) -> float | None:
+    """Return the seconds of embedding over those of the first build; None for that one itself."""
+    first = work["first_build"]
+    if first["embedded"] == work["embedded"] or not first["embed_s"]:
+        return None
+    return float(work["embed_s"] / first["embed_s"])

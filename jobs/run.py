@@ -1,0 +1,123 @@
+"""One run of a command that writes: its name, its stages, and its log.
+
+The log is `runs/<run>/log.jsonl`, one JSON object an event with the run, the release it follows
+and the stage; `VITRINE_LOG=json` prints the same lines on standard error as they come.
+"""
+
+import contextlib
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import structlog
+
+from jobs.errors import StoreError
+from jobs.progress import Progress
+from jobs.store import Release, Store, new_run_id
+
+
+class _Sink(io.StringIO):
+    """Keeps the log's lines, and prints them where the environment asks for it."""
+
+    def write(self, text: str) -> int:
+        """Take a line."""
+        if os.environ.get("VITRINE_LOG") == "json":
+            print(text, end="", file=sys.stderr, flush=True)
+        return super().write(text)
+
+
+class Run:
+    """One run on its way.
+
+    Attributes:
+        run_id: Its name.
+        store: What it writes to.
+        parent: The newest release when it began.
+        stages: Of each stage: its name, seconds, and rows a second.
+    """
+
+    def __init__(
+        self, command: str, store: Store, progress: Progress, *, writes: bool = True
+    ) -> None:
+        """Name the run and begin its log.
+
+        Args:
+            command: What runs: refresh, reindex.
+            store: What it writes to.
+            progress: Shows what happens.
+            writes: Whether it may write its log.
+        """
+        self.run_id, self._writes = new_run_id(), writes
+        self.command, self.store, self.progress = command, store, progress
+        self.parent: Release | None = store.current_release()
+        self.stages: list[dict[str, Any]] = []
+        self._sink = _Sink()
+        self._log = structlog.wrap_logger(
+            structlog.WriteLogger(self._sink),
+            processors=[
+                structlog.processors.TimeStamper(fmt="iso", utc=True),
+                structlog.processors.JSONRenderer(sort_keys=True),
+            ],
+            wrapper_class=structlog.BoundLogger,
+            run=self.run_id,
+            command=command,
+            parent=self.parent.version if self.parent else None,
+            stage=None,
+        )
+
+    def log(self, event: str, **values: object) -> None:
+        """Log one event; values are plain."""
+        self._log.info(event, **values)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, int]]:
+        """Time a stage, log it and show that it runs; the block may set its number of rows."""
+        self.progress.stage(name)
+        self._log = self._log.bind(stage=name)
+        self.log("stage begins")
+        started, counted = time.monotonic(), {"rows": 0}
+        try:
+            yield counted
+        except BaseException as error:
+            self.log("stage failed", error=f"{type(error).__name__}: {error}")
+            with contextlib.suppress(StoreError, OSError):  # what failed may be the store itself
+                self.write_log()
+            raise
+        seconds = time.monotonic() - started
+        self.add_stage(name, seconds, counted["rows"])
+        self.log("stage ends", seconds=round(seconds, 3), **counted)
+        self._log = self._log.bind(stage=None)
+        self.write_log()
+
+    def add_stage(self, name: str, seconds: float, rows: int) -> None:
+        """Record the seconds of a stage or of a step inside it."""
+        rate = rows / seconds if rows and seconds > 0 else None
+        self.stages.append({"stage": name, "seconds": seconds, "rows_per_s": rate})
+
+    def new_generation(self, newest: int) -> int:
+        """Return the number of the rows that this run will append.
+
+        It is the time in microseconds, so that two jobs at once don't share it; but never less
+        than another clock made of it.
+
+        Args:
+            newest: The newest in the table.
+        """
+        return max(newest + 1, time.time_ns() // 1000)
+
+    def write_log(self) -> None:
+        """Write what was logged so far to `runs/<run>/log.jsonl`."""
+        if not self._writes:
+            return
+        self.store.write_text(self._sink.getvalue(), "runs", self.run_id, "log.jsonl")
+
+
+def read_log(store: Store, run: str) -> list[dict[str, Any]]:
+    """Read a run's log, oldest event first."""
+    with store.filesystem().open(store.uri("runs", run, "log.jsonl"), "rb") as file:
+        return [json.loads(line) for line in file.read().decode().splitlines()]

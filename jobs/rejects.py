@@ -15,6 +15,7 @@ from rich.text import Text
 from jobs.cluster import gather, ray_session
 from jobs.config import JobConfig
 from jobs.delta import read_actions
+from jobs.diff import read_retry
 from jobs.errors import JobError
 from jobs.images import RejectReason
 from jobs.reject_rows import Counts, Kind, Reject, RejectQuery, find_rows

@@ -84,7 +84,6 @@ def release_live(store: Store, release: Release, bucket_rows: int) -> Live:
         reasons=Counter(),
         examples={},
         contents={},
-        distinct=0,
     )
 
 

@@ -24,9 +24,10 @@ from jobs.export_files import ExportedFile, write_group
 from jobs.export_layout import ExportOptions, Layout, resolve_layout, vector_column
 from jobs.export_rows import Found, describe_source, find_rows, open_source
 from jobs.export_serving import SERVING, copy_serving
+from jobs.leases import hold_lease
 from jobs.progress import Progress
 from jobs.storage import storage_errors
-from jobs.store import Release, Store
+from jobs.store import Release, Store, new_run_id
 
 MANIFEST = "_manifest.json"
 FORMAT_VERSION = 1
@@ -76,7 +77,7 @@ def export(config: JobConfig, options: ExportOptions, progress: Progress) -> Exp
     manifest = store.read_json("indexes", release.indexes, "manifest.json")
     source = open_source(store, release, manifest)
     check_target(store, target)
-    with ray_session(config.ray):
+    with hold_lease(store, new_run_id(), release), ray_session(config.ray):
         progress.stage(f"find the rows of release {release.version}")
         described = describe_source(source)
         product = _product_column(manifest)

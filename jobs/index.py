@@ -36,6 +36,7 @@ class FieldIndex:
         why: One sentence for each choice made from the catalog's size.
         trained: Health when its quantizers were trained, and the nprobe of then.
         curve: nprobe, intersection at 10 and latency of each point tried.
+        ambiguous_queries: Sampled vectors that don't count; see `Measurement.ambiguous`.
         missing: Live ids that the file lacks.
         extra: Ids in the file that are not live.
     """
@@ -57,6 +58,7 @@ class FieldIndex:
     self_retrieval: float
     overlap_at_10: float | None
     measured_queries: int
+    ambiguous_queries: int
     imbalance: float
     quantization_error: float
     missing: int
@@ -306,6 +308,7 @@ def _describe(
         self_retrieval=measured.self_retrieval,
         overlap_at_10=measured.overlap_at_10,
         measured_queries=measured.queries,
+        ambiguous_queries=measured.ambiguous,
         imbalance=measured.imbalance,
         quantization_error=measured.quantization_error,
         missing=measured.missing,

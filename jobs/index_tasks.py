@@ -32,7 +32,10 @@ from jobs.space import VectorField
 from jobs.store import Store, scratch_folder
 from jobs.vectors import Float32Array, Int64Array, concatenate, read_blocks
 
-EXACT_K = 10
+MEASURED_K = 10
+EXACT_K = MEASURED_K + 1  # one more tells whether the ten nearest are defined at all
+TIE = 1e-6
+EQUAL = 1 - 1e-4
 INDEX_THREADS = 2
 
 
@@ -59,7 +62,9 @@ class Measurement:
         point: The operating point that was chosen.
         curve: All points tried.
         self_retrieval: Share of sampled vectors that found themselves, or an equal vector.
-        queries: How many vectors were sampled.
+        queries: How many sampled vectors count.
+        ambiguous: How many don't: their tenth neighbour and the next are equally near, as where
+            many products share a picture, so that the ten nearest aren't defined.
         imbalance: FAISS's imbalance factor of the lists; 1 for a flat index.
         quantization_error: Mean squared distance between the sample and what the index keeps.
         missing: Live ids that are not in the index.
@@ -72,6 +77,7 @@ class Measurement:
     curve: tuple[OperatingPoint, ...]
     self_retrieval: float
     queries: int
+    ambiguous: int
     imbalance: float
     quantization_error: float
     missing: int
@@ -217,23 +223,38 @@ def measure(
     """
     faiss.omp_set_num_threads(INDEX_THREADS)
     index = _open(store, file)
-    k = min(EXACT_K, index.ntotal)
+    k = min(MEASURED_K, index.ntotal)
     target = compared.target_intersection
-    point, curve = tune_nprobe(index, queries, exact[1], k=k, target_intersection=target)
-    _, found = search_index(index, queries, k)
+    clear = _find_clear(exact[0])
+    ids, asked, exact = ids[clear], queries[clear], (exact[0][clear], exact[1][clear])
+    point, curve = tune_nprobe(index, asked, exact[1], k=k, target_intersection=target)
+    _, found = search_index(index, asked, k)
     sizes = list_sizes(index)
     missing, extra = _compare_ids(stored_ids(index), *live)
     return Measurement(
         point=point,
         curve=tuple(curve),
         self_retrieval=_self_retrieval(ids, found, exact),
-        queries=len(queries),
+        queries=len(asked),
+        ambiguous=len(queries) - len(asked),
         imbalance=list_imbalance(sizes) if len(sizes) else 1.0,
         quantization_error=quantization_error(index, queries),
         missing=missing,
         extra=extra,
-        overlap_at_10=_overlap(store, compared.base, queries, found),
+        overlap_at_10=_overlap(store, compared.base, asked, found),
     )
+
+
+def _find_clear(scores: Float32Array) -> Any:  # noqa: ANN401
+    """Mark the queries whose ten nearest are defined; all of them if none is.
+
+    Args:
+        scores: (Q, EXACT_K) float32 of exact search, best first.
+    """
+    if scores.shape[1] < EXACT_K:
+        return np.ones(len(scores), bool)
+    clear = scores[:, MEASURED_K - 1] - scores[:, MEASURED_K] > TIE
+    return clear if clear.any() else np.ones(len(scores), bool)
 
 
 def _compare_ids(stored: Int64Array, live: list[Any], mark: str | None) -> tuple[int, int]:
@@ -274,7 +295,7 @@ def _self_retrieval(
     ids: Int64Array, found: Int64Array, exact: tuple[Float32Array, Int64Array]
 ) -> float:
     """Return the share of queries whose own vector, or an exactly equal one, is in the results."""
-    equal = np.where(exact[0] >= 1 - 1e-4, exact[1], -2)
+    equal = np.where(exact[0] >= EQUAL, exact[1], -2)
     hits = (found == ids[:, None]).any(axis=1)
     hits |= (found[:, :, None] == equal[:, None, :]).any(axis=(1, 2))
     return float(hits.mean())

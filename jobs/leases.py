@@ -1,4 +1,4 @@
-"""Says which jobs write to a store at the moment: `runs/<run>/lease.json`, renewed while one runs.
+"""Says which jobs use a store at the moment: `runs/<run>/lease.json`, renewed while one runs.
 
 A lease is no lock: two jobs may run at once. It tells `gc` what is being written. A job that was
 killed leaves its lease behind, which expires.

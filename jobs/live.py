@@ -87,7 +87,6 @@ class Live:
         reasons: Rows of each (operation, reason).
         examples: (file, row) of some of them.
         contents: The most frequent images: content hash to (live rows, vector id of one).
-        distinct: Different image contents among the live rows, where contents are known.
     """
 
     rows: LiveRows
@@ -97,7 +96,6 @@ class Live:
     reasons: Counter[Reason]
     examples: dict[Reason, list[tuple[int, int]]]
     contents: dict[int, tuple[int, int]]
-    distinct: int
 
 
 @dataclass(kw_only=True)
@@ -111,7 +109,6 @@ class _Found:
     reasons: Counter[Reason]
     examples: dict[Reason, list[tuple[int, int]]]
     contents: dict[int, tuple[int, int]]
-    distinct: int
     by_group: npt.NDArray[np.int64]
 
 
@@ -176,7 +173,6 @@ def join_live(
         reasons=sum((one.reasons for one in found), Counter()),
         examples=_merge_examples(found),
         contents=_merge_contents(found),
-        distinct=sum(one.distinct for one in found),
     )
 
 
@@ -240,7 +236,6 @@ def join_rows(plan: Records, state: Records, released: Records) -> tuple[Records
         reasons=Counter(),
         examples={},
         contents={},
-        distinct=0,
         by_group=np.zeros(0, np.int64),
     )
     _count_reasons(found, REJECT, stored[reject])
@@ -271,7 +266,6 @@ def _count_reasons(found: _Found, operation: str, rows: Records) -> None:
 def _count_contents(found: _Found, rows: Records) -> None:
     known = rows[rows["content"] != 0]
     contents, first, counts = np.unique(known["content"], return_index=True, return_counts=True)
-    found.distinct = len(contents)
     for place in np.argsort(-counts, kind="stable")[:MOST_CONTENTS].tolist():
         if counts[place] > 1:
             example = int(known["vector_id"][first[place]])

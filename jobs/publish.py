@@ -87,7 +87,6 @@ def conclude(
         "rejects": built.rejects,
         "masked": built.masked,
         "placeholders": built.placeholders,
-        "distinct_images": built.live.distinct,
         "indexes": [asdict(index) for index in built.indexes],
         "labelled": {
             "queries": built.measured.queries,

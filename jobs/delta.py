@@ -6,7 +6,7 @@ so that it is neither made twice nor taken for another job's.
 
 import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -16,12 +16,39 @@ from deltalake import CommitProperties, DeltaTable, Schema
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction
 
-from jobs.storage import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, gone, patience_s, retrying
+from jobs.errors import StoreError
+from jobs.storage import (
+    CONNECT_TIMEOUT_S,
+    READ_TIMEOUT_S,
+    gone,
+    one_line,
+    patience_s,
+    retrying,
+    storage_errors,
+)
 
 Result = TypeVar("Result")
 
 # As object_store words it. 408, 409 and 429 pass; every other 4xx would fail for ever.
 _REFUSED: Final = re.compile(r"\b4(?!08|09|29)\d\d [A-Z]|NoSuchBucket|AccessDenied")
+
+
+@contextlib.contextmanager
+def table_errors(address: str, doing: str) -> Iterator[None]:
+    """Turn what a Delta table raises into one line.
+
+    Args:
+        address: Of the table.
+        doing: As in "opened": `ADDRESS can't be opened: …`.
+
+    Raises:
+        StoreError: The block raised a DeltaError, or what `storage_errors` turns.
+    """
+    try:
+        with storage_errors(address, doing):
+            yield
+    except DeltaError as error:
+        raise StoreError(f"{address} can't be {doing}: {one_line(error)}") from error
 
 
 def open_table(address: str, version: int | None = None) -> DeltaTable:

@@ -6,6 +6,7 @@ a row of one bucket or group, `ray.bucket_rows` of them, and this process no row
 """
 
 from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +27,7 @@ from jobs.buckets import (
 from jobs.catalog import Catalog
 from jobs.cluster import gather
 from jobs.config import JobConfig
-from jobs.images import ImagesConfig
+from jobs.images import ImagesConfig, hash_limits
 from jobs.items import PLAN_DTYPE, explain_duplicates, scan_unit
 from jobs.schemas import DELETE, REJECT
 from jobs.state import (
@@ -82,42 +83,46 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Retry:
-    """Which rejects of unchanged content are tried again.
+    """Which rows of unchanged content are tried again.
 
     Attributes:
         max_attempts: How often a passing fault is tried in all.
-        new_limits: Whether rejects by a configured limit are.
+        limits_hash: Of the configured limits: rows that others refused, or masked, are.
+        published_us: When the newest release was made, microseconds since 1970; what lacked its
+            picture in a run that published nothing is: it may have been the mount or the key.
     """
 
     max_attempts: int
-    new_limits: bool
+    limits_hash: int
+    published_us: int
 
-    def applies(self, rejects: Records) -> BoolArray:
-        """Say for each of (N,) `STATE_DTYPE` rejects whether it is tried again."""
-        transient = np.array([False, *(reason.transient for reason in REASONS)])
-        configured = np.array([False, *(reason.configured for reason in REASONS)])
-        passing = transient[rejects["reason"]] & (rejects["attempts"] < self.max_attempts)
-        return np.asarray(passing | (configured[rejects["reason"]] & self.new_limits))
+    def applies(self, rows: Records) -> BoolArray:
+        """Say for each of (N,) `STATE_DTYPE` rows whether it is tried again."""
+        transient, configured, surrounding = (
+            np.array([False, *(getattr(reason, kind) for reason in REASONS)])[rows["reason"]]
+            for kind in ("transient", "configured", "surrounding")
+        )
+        rejected = rows["operation"] == OPERATIONS[REJECT]
+        passing = rejected & transient & (rows["attempts"] < self.max_attempts)
+        limited = configured & (rows["limits_hash"] != self.limits_hash)
+        unpublished = surrounding & (rows["written_at"] > self.published_us)
+        return np.asarray(passing | limited | unpublished)
 
 
-def read_retry(config: JobConfig, store: Store, release: Release | None) -> Retry:
-    """Return what the next refresh tries again: where limits changed, what they refused too.
+def read_retry(config: JobConfig, release: Release | None) -> Retry:
+    """Return what the next refresh tries again.
 
     Args:
         config: The job.
-        store: The store.
-        release: The newest release, whose limits are compared with.
-
-    Raises:
-        StoreError: The release's manifest is missing or damaged.
+        release: The newest release of the encoder.
     """
-    new_limits = False
-    if release is not None:
-        before = store.read_json("indexes", release.indexes, "manifest.json")["config"]
-        now = config.model_dump(mode="json")
-        pairs = [(one["images"], one["catalog"]["max_text_chars"]) for one in (before, now)]
-        new_limits = pairs[0] != pairs[1]
-    return Retry(max_attempts=config.images.max_attempts, new_limits=new_limits)
+    # Release times are whole seconds, rounded down.
+    published = datetime.fromisoformat(release.created_at).timestamp() + 1 if release else 0.0
+    return Retry(
+        max_attempts=config.images.max_attempts,
+        limits_hash=hash_limits(config.images, config.catalog.max_text_chars),
+        published_us=int(published * 1_000_000),
+    )
 
 
 @dataclass(kw_only=True)
@@ -127,7 +132,7 @@ class Counts:
     Attributes:
         changed_text: Of the changed ones, those whose text alone differs (the template too).
         changed_image: Those whose image alone differs: its reference, version or ETag.
-        retried: Unchanged rejects that are tried again.
+        retried: Unchanged rows that are tried again: rejects, and some that lack a modality.
         formerly_rejected: Of all that is to be embedded, what was a reject before.
         metadata_changed: Of the unchanged ones, those whose other columns differ.
         released: Unchanged and live in the newest release as they are.
@@ -326,7 +331,7 @@ def compare_rows(
     text, image = known & ~_same_text(plan, stored), known & ~_same_image(plan, stored)
     rejected = known & (stored["operation"] == OPERATIONS[REJECT])
     same = known & ~text & ~image
-    retried = same & rejected & retry.applies(stored)
+    retried = same & retry.applies(stored)
     shown, in_release = take_rows(released, plan["vector_id"])
     unchanged = same & ~retried
     live = unchanged & ~rejected

@@ -17,7 +17,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from jobs.buckets import Records
-from jobs.cluster import cluster_cpus, cluster_gpus, gather, job_error
+from jobs.cluster import cluster_cpus, cluster_gpus, gather, ray_errors
 from jobs.diff import Diff
 from jobs.duplicates import image_vectors
 from jobs.embed_steps import Embedder, EmbedTask, prepare_rows
@@ -62,7 +62,7 @@ def embed_rows(task: EmbedTask, diff: Diff, progress: Callable[[int, int], None]
     started, result = time.monotonic(), EmbedResult()
     pending: list[DataFile] = []
     last_commit = started
-    try:
+    with ray_errors():
         for row in _embed(task, diff) if diff.todo_rows else ():
             pending.append(DataFile(row["path"], row["size_bytes"], row["rows"]))
             _count(result, row)
@@ -70,11 +70,6 @@ def embed_rows(task: EmbedTask, diff: Diff, progress: Callable[[int, int], None]
                 task.store.commit_embeddings(pending)
                 pending, last_commit = [], time.monotonic()
             progress(result.embedded + result.rejected, result.rejected)
-    except ray.exceptions.RayError as error:
-        cause = job_error(error)
-        if isinstance(cause, JobError):
-            raise cause from error
-        raise
     if diff.counts.removed:
         pending += gather([_write_deletes.remote(task, ids) for ids in diff.removed])
     pending = [file for file in pending if file.rows]
@@ -110,11 +105,15 @@ def probe_rows(task: EmbedTask, diff: Diff, rows: int) -> tuple[EmbedResult, int
 
     Returns:
         Counts and times, and how many actors a whole run would have.
+
+    Raises:
+        JobError: A step failed.
     """
     todo, work = plan_work(diff, rows)
     result = EmbedResult()
-    for row in _written_files(task, todo, work[:1]):
-        _count(result, row)
+    with ray_errors():
+        for row in _written_files(task, todo, work[:1]):
+            _count(result, row)
     return result, task.embed.actors or cluster_gpus() or cluster_cpus()
 
 

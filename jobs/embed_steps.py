@@ -118,7 +118,11 @@ def _prepare(task: EmbedTask, shared: SharedVectors, work: Sequence[tuple[Item, 
     batch |= {name: planned[name] for name in PLANNED}
     texts = _load_tokens(task, items, batch, seconds)
     images = _load_images(task, shared, items, texts, batch, seconds)
-    judged = [judge_row(task.space, *faults) for faults in zip(images, texts, strict=True)]
+    last = (planned["attempts"] + 1 >= task.images.max_attempts).tolist()
+    judged = [
+        judge_row(task.space, image, text, last_try=last_try)
+        for image, text, last_try in zip(images, texts, last, strict=True)
+    ]
     reasons = [fault for _, fault in judged]
     batch["rejected"] = np.array([rejected for rejected, _ in judged], bool)
     batch["reject_reason"] = np.array([str(r.reason) if r else "" for r in reasons], object)
@@ -130,16 +134,19 @@ def _prepare(task: EmbedTask, shared: SharedVectors, work: Sequence[tuple[Item, 
     return batch
 
 
-def judge_row(space: VectorSpace, image: Fault, text: Fault) -> tuple[bool, Fault]:
+def judge_row(
+    space: VectorSpace, image: Fault, text: Fault, *, last_try: bool = False
+) -> tuple[bool, Fault]:
     """Decide from the faults of a row's image and text whether it can be live.
 
     A row that lacks what no field requires is live by the rest; but a passing fault rejects it,
-    so that the next refresh tries again.
+    so that the next refresh tries again, until the last try.
 
     Args:
         space: Says what the fields are made from and what they require.
         image: What is wrong with the image, or None.
         text: What is wrong with the text, or None.
+        last_try: Whether no further refresh tries the row after a passing fault.
 
     Returns:
         Whether the row is rejected, and the reason: for that, or for what a live row lacks.
@@ -148,7 +155,8 @@ def judge_row(space: VectorSpace, image: Fault, text: Fault) -> tuple[bool, Faul
     text = text if "text" in space.takes else None
     if text is not None and "text" in space.requires:
         return True, text
-    if image is not None and ("image" in space.requires or image.reason.transient):
+    waits = image is not None and image.reason.transient and not last_try
+    if image is not None and ("image" in space.requires or waits):
         return True, image
     if image is not None and (text is not None or "text" not in space.takes):
         detail = image.detail if text is None else f"{image.detail}; and {text}"

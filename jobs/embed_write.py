@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.embed_steps import Batch, BoolArray, EmbedTask
+from jobs.images import hash_limits
 from jobs.schemas import DELETE, EMBEDDING_FIELDS, EMBEDDINGS, REJECT, UPSERT
+from jobs.storage import storage_errors
 from jobs.store import DataFile, Store
 
 HASHES = ("image_hash", "text_hash", "etag_hash", "image_content")
@@ -35,6 +37,8 @@ def write_rows(batch: Batch, *, task: EmbedTask) -> pa.Table:
     now_us = time.time_ns() // 1000
     columns["written_at"] = np.full(rows, now_us, np.int64)
     columns["first_seen"] = _seen(batch["first_seen"], bad, now_us)
+    limits = hash_limits(task.images, task.catalog.max_text_chars)
+    columns["limits_hash"] = np.full(rows, limits, np.int64)
     columns["attempts"] = pa.array(batch["attempts"] + 1, pa.int32(), mask=~bad)
     columns["generation"] = np.full(rows, task.generation, np.int64)
     columns["operation"] = np.where(bad, REJECT, UPSERT).astype(object)
@@ -112,17 +116,22 @@ def write_deletes(store: Store, vector_ids: npt.NDArray[np.int64], task: EmbedTa
 
 
 def write_data_file(store: Store, table: pa.Table, generation: int) -> DataFile:
-    """Write a table as one Parquet file below the embeddings table; no commit names it yet."""
+    """Write a table as one Parquet file below the embeddings table; no commit names it yet.
+
+    Raises:
+        StoreError: It can't be written.
+    """
     name = f"generation-{generation:06d}-{uuid.uuid4().hex}.parquet"
-    filesystem = store.filesystem()
     target = store.uri("embeddings", name)
     lists = [f"{field}_embedding.list.element" for field in EMBEDDING_FIELDS]
-    with filesystem.open(target, "wb") as handle:
-        pq.write_table(
-            table,
-            handle,
-            compression="zstd",
-            use_dictionary=["operation", "encoder", "reject_reason"],
-            use_byte_stream_split=lists,
-        )
-    return DataFile(name, filesystem.size(target), table.num_rows)
+    with storage_errors(target, "written"):
+        filesystem = store.filesystem()
+        with filesystem.open(target, "wb") as handle:
+            pq.write_table(
+                table,
+                handle,
+                compression="zstd",
+                use_dictionary=["operation", "encoder", "reject_reason"],
+                use_byte_stream_split=lists,
+            )
+        return DataFile(name, filesystem.size(target), table.num_rows)

@@ -3,14 +3,12 @@
 Letters: N rows, Q queries, D dimension, K neighbours.
 """
 
-import json
 import shutil
 from collections import Counter
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 import ray
 
 from indexing.search import group_by_product
@@ -19,6 +17,7 @@ from jobs.cluster import gather
 from jobs.errors import StoreError
 from jobs.ids import Ids
 from jobs.live import LIVE_DTYPE, Live, LiveRows
+from jobs.release_files import read_file_names
 from jobs.space import VectorField
 from jobs.state import ROW_GROUP_ROWS, locate, read_row_groups, rows_address
 from jobs.store import Release, Store, scratch_folder
@@ -85,21 +84,6 @@ def release_live(store: Store, release: Release, bucket_rows: int) -> Live:
         examples={},
         contents={},
     )
-
-
-def read_file_names(store: Store, address: str) -> list[str]:
-    """Return the data files that a `rows.parquet` counts in.
-
-    Raises:
-        StoreError: It can't be read.
-    """
-    try:
-        with store.filesystem().open(address, "rb") as handle:
-            metadata = pq.read_schema(handle).metadata or {}
-    except OSError as error:
-        raise StoreError(f"{address} can't be read: {error}") from error
-    names: list[str] = json.loads(metadata[b"files"])
-    return names
 
 
 @ray.remote(num_cpus=1)
@@ -171,5 +155,7 @@ def _open_ids(store: Store, release: Release) -> Ids:
     try:
         path = store.local_copy(cache, "indexes", entry["folder"], entry["file"])
         return Ids(path, sha256=entry["sha256"])
+    except ValueError as error:
+        raise StoreError(f"{store.uri('indexes', entry['folder'])}: {error}") from error
     finally:
         shutil.rmtree(cache)

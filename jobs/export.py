@@ -74,23 +74,26 @@ def export(config: JobConfig, options: ExportOptions, progress: Progress) -> Exp
     """
     store, target = Store(config.store), Store(options.to)
     release = store.release(options.release)
-    manifest = store.read_json("indexes", release.indexes, "manifest.json")
-    source = open_source(store, release, manifest)
     check_target(store, target)
-    with hold_lease(store, new_run_id(), release), ray_session(config.ray):
-        progress.stage(f"find the rows of release {release.version}")
-        described = describe_source(source)
-        product = _product_column(manifest)
-        layout = resolve_layout(
-            options, read_contract(manifest["query"]), described.schema, product
-        )
-        found = find_rows(source, described, layout)
-        progress.stage(f"write {release.vectors:,} rows to {target.root}")
-        files = _write(store, target, layout, found, release, progress)
-        copied: list[ExportedFile] = []
-        if options.index:
-            progress.stage("copy the index files and the query encoder")
-            copied = copy_serving(store, target, release, manifest)
+    with hold_lease(store, new_run_id(), release):
+        # Again: what `gc` dropped before it could see the lease is gone.
+        release = store.release(release.version)
+        manifest = store.read_json("indexes", release.indexes, "manifest.json")
+        source = open_source(store, release, manifest)
+        with ray_session(config.ray):
+            progress.stage(f"find the rows of release {release.version}")
+            described = describe_source(source)
+            product = _product_column(manifest)
+            layout = resolve_layout(
+                options, read_contract(manifest["query"]), described.schema, product
+            )
+            found = find_rows(source, described, layout)
+            progress.stage(f"write {release.vectors:,} rows to {target.root}")
+            files = _write(store, target, layout, found, release, progress)
+            copied: list[ExportedFile] = []
+            if options.index:
+                progress.stage("copy the index files and the query encoder")
+                copied = copy_serving(store, target, release, manifest)
     text = json.dumps(_describe(release, manifest, layout, files, copied), indent=2)
     return Export(
         release=release.version,

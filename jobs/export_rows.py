@@ -9,7 +9,6 @@ release if that is more.
 Letters: N rows.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,7 +25,9 @@ from jobs.cluster import gather
 from jobs.errors import ConfigError, StoreError
 from jobs.export_layout import KEY_COLUMNS, Layout, hive_folders
 from jobs.live import LIVE_DTYPE
-from jobs.state import ROW_GROUP_ROWS
+from jobs.release_files import read_file_names
+from jobs.state import ROW_GROUP_ROWS, read_row_groups
+from jobs.storage import parquet_errors
 from jobs.store import Release, Store
 
 Int64Array = npt.NDArray[np.int64]
@@ -117,20 +118,11 @@ def _describe(source: Source) -> Described:
             f"{source.ids} has {sum(groups[0]):,} rows, {source.rows} {sum(groups[1]):,}, release "
             f"{source.release.version} {source.release.vectors:,}: they are not of one release"
         )
-    metadata = rows.schema.to_arrow_schema().metadata or {}
     return Described(
         schema=ids.schema.to_arrow_schema(),
-        files=_parse_files(metadata, source.rows),
+        files=read_file_names(source.store, source.rows),
         row_groups=len(groups[0]),
     )
-
-
-def _parse_files(metadata: dict[bytes, bytes], address: str) -> list[str]:
-    try:
-        files: list[str] = json.loads(metadata[b"files"])
-    except (KeyError, ValueError) as error:
-        raise StoreError(f"{address} is damaged: it doesn't list its data files") from error
-    return files
 
 
 def _group_rows(footer: pq.FileMetaData) -> list[int]:
@@ -138,19 +130,8 @@ def _group_rows(footer: pq.FileMetaData) -> list[int]:
 
 
 def _read_footer(store: Store, address: str) -> pq.FileMetaData:
-    try:
-        with store.filesystem().open(address, "rb") as handle:
-            return pq.read_metadata(handle)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise StoreError(f"{address} can't be read: {error}") from error
-
-
-def _read_groups(store: Store, address: str, groups: Sequence[int], columns: list[str]) -> pa.Table:
-    try:
-        with store.filesystem().open(address, "rb") as handle:
-            return pq.ParquetFile(handle).read_row_groups(list(groups), columns=columns)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise StoreError(f"{address} can't be read: {error}") from error
+    with parquet_errors(address), store.filesystem().open(address, "rb") as handle:
+        return pq.read_metadata(handle)
 
 
 def find_rows(source: Source, described: Described, layout: Layout) -> Found:
@@ -225,7 +206,7 @@ def _count(
     source: Source, units: range, files: int, layout: Layout
 ) -> tuple[Int64Array, int, set[str]]:
     """Return a range's rows by data file, its products, and the folders it needs."""
-    rows = _read_groups(source.store, source.rows, units, ["file", "first"])
+    rows = read_row_groups(source.store, source.rows, units, ["file", "first"])
     counts = np.bincount(rows["file"].to_numpy(), minlength=files).astype(np.int64)
     folders: set[str] = set()
     for unit in units if layout.partition_by else []:
@@ -243,7 +224,7 @@ def _split(
 ) -> tuple[Any, ...]:
     """Return how many rows a range has, and one `Part` a group of files."""
     names = ("vector_id", "generation", "file", "row")
-    rows = _read_groups(source.store, source.rows, units, list(names))
+    rows = read_row_groups(source.store, source.rows, units, list(names))
     table = _read_ids(source, units, layout.metadata)
     if not rows["vector_id"].equals(table["vector_id"]):
         raise StoreError(f"{source.ids} and {source.rows} are not of one release")
@@ -266,7 +247,7 @@ def _read_ids(
 ) -> pa.Table:
     """Read keys and metadata columns, the latter under their names in the files."""
     wanted = [*KEY_COLUMNS, *(f"metadata.{name}" for name, _ in metadata)]
-    table = _read_groups(source.store, source.ids, units, wanted)
+    table = read_row_groups(source.store, source.ids, units, wanted)
     columns = {name: table[name] for name in KEY_COLUMNS}
     for name, shown in metadata:
         chunks = [_struct_field(chunk, name) for chunk in table["metadata"].chunks]

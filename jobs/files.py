@@ -10,12 +10,11 @@ from typing import Any
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Schema
-from deltalake.exceptions import DeltaError, TableNotFoundError
+from deltalake.exceptions import TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
-from jobs.delta import delta_options, patiently, read_actions
-from jobs.errors import StoreError
-from jobs.storage import one_line, storage_errors
+from jobs.delta import delta_options, patiently, read_actions, table_errors
+from jobs.storage import storage_errors
 from jobs.store import Store
 
 DELETE_BATCH = 1000  # what one request of S3 takes
@@ -150,11 +149,8 @@ def replace_files(
         )
         return True
 
-    try:
-        with storage_errors(address, "committed to"):
-            return patiently(address, commit, conflicts=True)
-    except DeltaError as error:
-        raise StoreError(f"{address} can't be committed to: {one_line(error)}") from error
+    with table_errors(address, "committed to"):
+        return patiently(address, commit, conflicts=True)
 
 
 def files_since(address: str, moment: float) -> set[str]:
@@ -179,10 +175,8 @@ def files_since(address: str, moment: float) -> set[str]:
         table.load_as_version(datetime.fromtimestamp(moment, UTC))
         return files | set(read_actions(table, address)["path"].to_pylist())
 
-    try:
-        with storage_errors(address, "read"):
+    with table_errors(address, "read"):
+        try:
             return patiently(address, read)
-    except TableNotFoundError:
-        return set()
-    except DeltaError as error:
-        raise StoreError(f"{address} can't be read: {one_line(error)}") from error
+        except TableNotFoundError:
+            return set()

@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,18 +92,42 @@ def _read_group(catalog: Catalog, most_images: int, units: range, buckets: int) 
         wanted.append(image)
     numbers = most_images if catalog.has_bytes else 1
     names = list(dict.fromkeys(wanted))
-    tables = [
+    tables = (
         _expand(table, product, image, numbers)
         for number in units
         for _, table in read_unit(catalog, catalog.units[number], names)
-    ]
-    table = pa.concat_tables(tables, promote_options="permissive")
+    )
+    parts: list[list[pa.Table]] = [[] for _ in range(buckets)]
+    for table in _gather_rows(tables):
+        for number, part in _split(table, buckets):
+            parts[number].append(part)
+    schema = pa.unify_schemas([p.schema for ps in parts for p in ps], promote_options="permissive")
+    empty = schema.empty_table()
+    joined = [pa.concat_tables([empty, *ps], promote_options="permissive") for ps in parts]
+    return schema, *joined
+
+
+def _gather_rows(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Yield the same rows in tables of some `ROW_GROUP_ROWS`.
+
+    Each is taken from by itself: a column of strings that is taken from as a whole ends at 2 GiB.
+    """
+    waiting: list[pa.Table] = []
+    for table in chain(tables, [None]):
+        waiting += [] if table is None else [table]
+        if waiting and (table is None or sum(map(len, waiting)) >= ROW_GROUP_ROWS):
+            yield pa.concat_tables(waiting, promote_options="permissive")
+            waiting = []
+
+
+def _split(table: pa.Table, buckets: int) -> Iterator[tuple[int, pa.Table]]:
     keys = number_buckets(table["vector_id"].to_numpy(), buckets)
     order = np.argsort(keys, kind="stable")
     ends = np.searchsorted(keys[order], np.arange(buckets + 1)).tolist()
     ordered = table.take(pa.array(order))
-    parts = [ordered.slice(ends[n], ends[n + 1] - ends[n]) for n in range(buckets)]
-    return ordered.schema, *parts
+    for number, (low, high) in enumerate(pairwise(ends)):
+        if high > low:
+            yield number, ordered.slice(low, high - low)
 
 
 def _expand(table: pa.Table, product: str, image: str | None, numbers: int) -> pa.Table:
@@ -160,14 +184,16 @@ def _live_ids(schema: pa.Schema, live: list[Any], tables: list[list[Any]]) -> It
         found = pa.concat_tables(
             [schema.empty_table(), *ray.get(parts)], promote_options="permissive"
         )
-        _, there = locate(wanted, found["vector_id"].to_numpy())
-        kept = found.filter(pa.array(there)).sort_by("vector_id")
-        if not np.array_equal(kept["vector_id"].to_numpy(), wanted):
+        ids = found["vector_id"].to_numpy()
+        kept = np.flatnonzero(locate(wanted, ids)[1])
+        kept = kept[np.argsort(ids[kept], kind="stable")]
+        if not np.array_equal(ids[kept], wanted):
             raise CatalogError(
                 f"the catalog changed while it was read: of {len(wanted)} live rows "
                 f"{len(kept)} were found again; run the refresh again"
             )
-        yield kept.cast(schema)
+        for start in range(0, len(kept), ROW_GROUP_ROWS):
+            yield found.take(pa.array(kept[start : start + ROW_GROUP_ROWS])).cast(schema)
 
 
 def _live_rows(live: list[Any]) -> Iterator[pa.Table]:

@@ -6,6 +6,7 @@ Where the bytes come from is `jobs.fetch`.
 
 import dataclasses
 import enum
+import hashlib
 import io
 import struct
 import warnings
@@ -102,6 +103,11 @@ class RejectReason(enum.StrEnum):
         )
 
     @property
+    def surrounding(self) -> bool:
+        """Tell whether it may lie at what surrounds the job: a folder not mounted, a wrong key."""
+        return self in (RejectReason.NOT_FOUND, RejectReason.ACCESS_DENIED)
+
+    @property
     def kind(self) -> Literal["transient", "permanent"]:
         """Name what `transient` tells, as reports and tables print it."""
         return "transient" if self.transient else "permanent"
@@ -175,6 +181,21 @@ class ImagesConfig:
             rest = entry.removeprefix("*.")
             if not rest or set(rest) & set("*/@?# "):
                 raise ValueError(f"images.http_hosts: {entry!r} is not a host or *.domain")
+
+
+def hash_limits(config: ImagesConfig, max_text_chars: int) -> int:
+    """Hash the limits that rows are refused by: under others a refused row may pass.
+
+    Args:
+        config: Limits of images.
+        max_text_chars: Limit of texts.
+
+    Returns:
+        An int in [1, 2**63).
+    """
+    limits = (config.max_bytes, config.max_pixels, sorted(config.http_hosts), max_text_chars)
+    digest = hashlib.blake2b(repr(limits).encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 1) | 1
 
 
 def check_size(count_bytes: int, config: ImagesConfig) -> None:

@@ -28,6 +28,7 @@ from indexing.spec import IndexSpec
 from indexing.tune import OperatingPoint, tune_nprobe
 from indexing.update import empty_clone, quantization_error, update_index
 from jobs.buckets import Records
+from jobs.errors import StoreError
 from jobs.space import VectorField
 from jobs.store import Store, scratch_folder
 from jobs.vectors import Float32Array, Int64Array, concatenate, read_blocks
@@ -162,7 +163,15 @@ def update(
     removed = [rows["vector_id"][rows[mark]] for rows in map(ray.get, stale)]
     ids = np.concatenate([np.zeros(0, np.int64), *removed])
     filled = [faiss.deserialize_index(part.copy()) for part in parts]
-    return _write(store, folder, name, update_index(_open(store, base), ids, filled))
+    index = _open(store, base)
+    try:
+        updated = update_index(index, ids, filled)
+    except ValueError as error:
+        raise StoreError(
+            f"{store.uri('indexes', base.folder, base.file)} doesn't fit its release ({error}); "
+            "`vitrine reindex` builds another from the stored vectors"
+        ) from error
+    return _write(store, folder, name, updated)
 
 
 def _write(store: Store, folder: str, name: str, index: faiss.Index) -> IndexFile:
@@ -187,6 +196,8 @@ def _open(store: Store, file: IndexFile) -> faiss.Index:
     try:
         local = store.local_copy(cache, "indexes", file.folder, file.file)
         return read_index(local, sha256=file.sha256)
+    except ValueError as error:
+        raise StoreError(f"{store.uri('indexes', file.folder)}: {error}") from error
     finally:
         shutil.rmtree(cache)
 

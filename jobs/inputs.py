@@ -15,9 +15,9 @@ from encoders.spec import EncoderSpec
 from jobs.catalog import IMAGE_COLUMNS, Catalog, read_catalog
 from jobs.config import CatalogConfig, JobConfig
 from jobs.contract import make_contract
-from jobs.errors import ConfigError, StoreError
+from jobs.errors import CatalogError, ConfigError
 from jobs.space import VectorSpace, resolve_space
-from jobs.storage import open_filesystem
+from jobs.storage import PARQUET_ERRORS, one_line, open_filesystem, storage_errors
 from jobs.store import Store, scratch_folder
 
 
@@ -44,11 +44,19 @@ def open_catalog(config: CatalogConfig, fields: tuple[str, ...]) -> Catalog:
     needs_text, needs_image = set(fields) != {"image"}, "image" in fields
     if not needs_image and "multimodal" in fields:
         bare = read_catalog(config, need_images=False, need_text=False)
-        filesystem = open_filesystem(bare.root)[0]
-        with filesystem.open(bare.files[0], "rb") as handle:
-            names = [*pq.read_schema(handle).names, *config.columns]
+        names = [*_read_names(bare), *config.columns]
         needs_image = any(name in names for name in IMAGE_COLUMNS)
     return read_catalog(config, need_images=needs_image, need_text=needs_text)
+
+
+def _read_names(catalog: Catalog) -> list[str]:
+    file = catalog.files[0]
+    try:
+        with open_filesystem(catalog.root)[0].open(file, "rb") as handle:
+            names: list[str] = pq.read_schema(handle).names
+    except PARQUET_ERRORS as error:
+        raise CatalogError(f"{file}: no readable Parquet file: {one_line(error)}") from error
+    return names
 
 
 def add_encoder(config: JobConfig, store: Store) -> tuple[VectorSpace, dict[str, Any]]:
@@ -64,10 +72,8 @@ def add_encoder(config: JobConfig, store: Store) -> tuple[VectorSpace, dict[str,
     """
     with made_encoder(config) as (directory, space):
         contract = make_contract(directory, space)
-        try:
+        with storage_errors(f"store {store.root}", "written"):
             store.add_checkpoint(directory, space.encoder)
-        except OSError as error:
-            raise StoreError(f"store {store.root} can't be written: {error}") from error
         return space, contract
 
 

@@ -18,7 +18,7 @@ from jobs.errors import CatalogError
 from jobs.fetch import read_etags
 from jobs.images import ImagesConfig
 from jobs.schemas import hash63, product_hash, vector_id
-from jobs.storage import open_filesystem
+from jobs.storage import PARQUET_ERRORS, one_line, open_filesystem
 
 READ_ROWS = 256
 PLAN_DTYPE = np.dtype(
@@ -53,9 +53,8 @@ def read_unit(catalog: Catalog, unit: Unit, physical: list[str]) -> Iterator[tup
     """
     try:
         yield from _read_unit(catalog, unit, physical)
-    except (pa.ArrowInvalid, OSError) as error:
-        detail = " ".join(str(error).split())
-        raise CatalogError(f"{unit.file}: no readable Parquet file: {detail}") from error
+    except PARQUET_ERRORS as error:
+        raise CatalogError(f"{unit.file}: no readable Parquet file: {one_line(error)}") from error
 
 
 def _read_unit(catalog: Catalog, unit: Unit, physical: list[str]) -> Iterator[tuple[int, pa.Table]]:
@@ -218,9 +217,11 @@ def _metadata_hashes(catalog: Catalog, unit: Unit) -> dict[str, int]:
     key = catalog.columns["product_id"]
     names = list(dict.fromkeys((key, *sorted(catalog.metadata))))
     for _, table in read_unit(catalog, unit, names):
-        columns = [_plain_values(table[name]) for name in names]
+        there = [name for name in names if name in table.column_names]  # not in every file
+        columns = [_plain_values(table[name]) for name in there]
         for row in zip(*columns, strict=True):
-            hashes[row[0]] = hash63((repr(row).encode("utf-8", "replace"),))
+            named = repr(list(zip(there, row, strict=True)))
+            hashes[row[0]] = hash63((named.encode("utf-8", "replace"),))
     return hashes
 
 

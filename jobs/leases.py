@@ -34,7 +34,6 @@ class Lease:
     Attributes:
         started_at: Seconds since 1970, UTC; so is `renewed_at`.
         parent: The version of the release that it started from, or goes back to.
-        encoder: That release's.
     """
 
     run: str
@@ -43,7 +42,6 @@ class Lease:
     started_at: float
     renewed_at: float
     parent: int | None
-    encoder: str | None
 
 
 @contextmanager
@@ -66,7 +64,6 @@ def hold_lease(store: Store, run_id: str, parent: Release | None) -> Iterator[Le
         started_at=now,
         renewed_at=now,
         parent=parent.version if parent else None,
-        encoder=parent.encoder if parent else None,
     )
     _write(store, lease)
     done = threading.Event()
@@ -121,7 +118,6 @@ def _read(store: Store, file: StoredFile) -> Lease | None:
         started_at=began,
         renewed_at=file.modified_at,
         parent=None,
-        encoder=None,
     )
 
 

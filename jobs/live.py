@@ -132,7 +132,8 @@ def join_live(
         parent: The release that the new one follows: rows that it has as they are aren't fresh.
 
     Raises:
-        PublishConflictError: Rows were overwritten by another job meanwhile.
+        PublishConflictError: Rows were overwritten by another job meanwhile, or the catalog
+            lost them before they were embedded.
         StoreError: The table or the release can't be read.
     """
     names = store.embedding_files(version)
@@ -150,8 +151,9 @@ def join_live(
     lost = sum(one.lost for one in found)
     if lost:
         raise PublishConflictError(
-            f"another job wrote {lost} rows of this catalog's products to {store.root} since this "
-            "one began; nothing of this run is visible: run it again"
+            f"{lost} rows of the catalog are neither live nor rejected: another job wrote to "
+            f"{store.root}, or the catalog was written to, while this one ran; nothing of this run "
+            "is visible: run it again"
         )
     by_group = sum((one.by_group for one in found), np.zeros(len(groups), np.int64))
     parts = turn([list(call[3:]) for call in calls], len(groups))

@@ -81,7 +81,7 @@ def compare(run: Run, config: JobConfig, catalog: Catalog, space: VectorSpace) -
             images=config.images,
             bucket_rows=config.ray.bucket_rows,
             parent=_parent_of(run, space),
-            retry=read_retry(config, run.store, run.parent),
+            retry=read_retry(config, _parent_of(run, space)),
         )
         counted["rows"] = diff.plan.rows
     run.log("diff", up_to_date=diff.up_to_date, **describe_counts(diff.counts))
@@ -114,8 +114,8 @@ def refresh_catalog(run: Run, inputs: Inputs, *, publish: bool = True) -> RunRes
     """
     config = inputs.config
     diff = compare(run, config, inputs.catalog, inputs.space)
-    if diff.up_to_date and run.parent and run.parent.config_hash == config.hash():
-        return _nothing_to_do(run, run.parent, inputs, diff)
+    if diff.up_to_date and run.parent and _builds_the_same(run, run.parent, config):
+        return _nothing_to_do(run, run.parent, diff)
     task = EmbedTask(
         catalog=inputs.catalog,
         images=config.images,
@@ -128,6 +128,13 @@ def refresh_catalog(run: Run, inputs: Inputs, *, publish: bool = True) -> RunRes
     build, built = _build(run, inputs, diff)
     changes = Changes(counts=diff.counts, embedded=embedded)
     return conclude(run, build, built, changes, publish=publish)
+
+
+def _builds_the_same(run: Run, parent: Release, config: JobConfig) -> bool:
+    """Say whether the newest release was built and measured as the configuration says."""
+    before = run.store.read_json("indexes", parent.indexes, "manifest.json")["config"]
+    now = config.model_dump(mode="json")
+    return all(before[name] == now[name] for name in ("embed", "index", "evaluate"))
 
 
 def _embed(run: Run, task: EmbedTask, diff: Diff) -> EmbedResult:
@@ -163,9 +170,8 @@ def _build(run: Run, inputs: Inputs, diff: Diff) -> tuple[BuildTask, Built]:
     return task, build_version(run, task)
 
 
-def _nothing_to_do(run: Run, parent: Release, inputs: Inputs, diff: Diff) -> RunResult:
+def _nothing_to_do(run: Run, parent: Release, diff: Diff) -> RunResult:
     """Report that the newest release already shows the catalog as it is."""
-    changes = Changes(counts=diff.counts, embedded=EmbedResult())
     run.log("nothing to do", release=parent.version)
     address = write_idle_report(run.store, run.run_id, parent, run.stages)
     run.write_log()
@@ -182,7 +188,7 @@ def _nothing_to_do(run: Run, parent: Release, inputs: Inputs, diff: Diff) -> Run
         new=0,
         changed=0,
         removed=0,
-        unchanged=changes.counts.unchanged,
+        unchanged=diff.counts.unchanged,
         metadata_changed=0,
         embedded=0,
     )

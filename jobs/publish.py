@@ -7,7 +7,7 @@ from typing import Any
 from jobs.build import BuildTask
 from jobs.diff import Counts
 from jobs.embed import EmbedResult
-from jobs.errors import GateError
+from jobs.errors import GateError, StoreError
 from jobs.gate import Built, check_gate, release_quality
 from jobs.report import write_report
 from jobs.run import Run
@@ -74,7 +74,8 @@ def conclude(
         run.store.publish(release)
     elif built.indexes:
         run.store.write_json(asdict(release), "indexes", run.run_id, "release.json")
-    run.log("gate", failures=failures, published=published)
+    number = release.version if published else None
+    run.log("gate", failures=failures, published=published, release=number)
     before = run.parent.version if run.parent else 0
     report = asdict(release) | {
         "command": run.command,
@@ -97,9 +98,7 @@ def conclude(
         "stages": run.stages,
         "config": task.config.model_dump(mode="json"),
     }
-    root, sheet = task.catalog.root, built.measured.sheet
-    address = write_report(run.store, run.run_id, report, sheet, root, task.config.images)
-    run.write_log()
+    address = _write_report(run, task, built, report)
     if failures:
         raise GateError(failures, address)
     return RunResult(
@@ -121,12 +120,27 @@ def conclude(
     )
 
 
+def _write_report(run: Run, task: BuildTask, built: Built, report: dict[str, Any]) -> str:
+    """Write report and log; after the commit a fault there must not look like a failed run."""
+    root, sheet = task.catalog.root, built.measured.sheet
+    try:
+        address = write_report(run.store, run.run_id, report, sheet, root, task.config.images)
+        run.write_log()
+    except StoreError as error:
+        if not report["published"]:
+            raise
+        return f"not written: {error}"
+    return address
+
+
 def _work(run: Run, task: BuildTask, embedded: EmbedResult) -> dict[str, Any]:
     """Return what embedding took, beside what it took in the first build with this encoder."""
     own = {"embedded": embedded.embedded, "embed_s": embedded.wall_s}
-    same = run.parent is not None and run.parent.encoder == task.space.encoder
-    first = run.parent.quality["work"]["first_build"] if run.parent and same else own
-    return own | {"first_build": first}
+    if run.parent is not None and run.parent.encoder == task.space.encoder:
+        return own | {"first_build": run.parent.quality["work"]["first_build"]}
+    # After a run that was killed or stopped by a gate, the rest says nothing of the whole.
+    whole = embedded.embedded >= task.live.rows.vectors > 0
+    return own | {"first_build": own if whole else None}
 
 
 def _make_release(
@@ -175,8 +189,11 @@ def describe_changes(changes: Changes) -> dict[str, Any]:
 
 
 def _share_of_first_build(work: dict[str, Any]) -> float | None:
-    """Return the seconds of embedding over those of the first build; None for that one itself."""
+    """Return the seconds of embedding over those of the first build.
+
+    None for that one itself, and where it was done in several runs.
+    """
     first = work["first_build"]
-    if first["embedded"] == work["embedded"] or not first["embed_s"]:
+    if first is None or first["embed_s"] == work["embed_s"]:
         return None
     return float(work["embed_s"] / first["embed_s"])

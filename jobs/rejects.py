@@ -119,7 +119,7 @@ def open_rejects(config: JobConfig, query: RejectQuery) -> Iterator[RejectList]:
             version,
             encoder,
             query,
-            retry=read_retry(config, store, release),
+            retry=read_retry(config, release),
             bucket_rows=config.ray.bucket_rows,
         )
         yield _describe(release, encoder, query, counts, pages)

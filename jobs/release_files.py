@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.errors import StoreError
 from jobs.files import list_files
-from jobs.storage import storage_errors
+from jobs.storage import parquet_errors, storage_errors
 from jobs.store import Release, Store
 
 MANIFEST = "manifest.json"
@@ -63,7 +62,7 @@ def find_files(store: Store, release: Release) -> ReleaseFiles:
     return ReleaseFiles(
         indexes=(NeededFile(path=f"indexes/{folder}/{MANIFEST}"), *named),
         checkpoint=f"checkpoints/{release.encoder}",
-        data=frozenset(_read_names(store, rows)),
+        data=frozenset(read_file_names(store, store.uri(rows))),
     )
 
 
@@ -75,16 +74,19 @@ def _needed(entry: dict[str, Any], folder: str) -> NeededFile:
     )
 
 
-def _read_names(store: Store, path: str) -> list[str]:
-    """Read the names of the data files that a release's `rows.parquet` counts in."""
-    address = store.uri(path)
+def read_file_names(store: Store, address: str) -> list[str]:
+    """Read the names of the data files that a release's `rows.parquet` counts in.
+
+    Raises:
+        StoreError: The file is missing or damaged.
+    """
+    with parquet_errors(address), store.filesystem().open(address, "rb") as handle:
+        metadata = pq.read_schema(handle).metadata or {}
     try:
-        with storage_errors(address, "read"), store.filesystem().open(address, "rb") as handle:
-            metadata = pq.read_schema(handle).metadata or {}
-            names: list[str] = json.loads(metadata[b"files"])
-            return names
-    except (pa.ArrowInvalid, KeyError, ValueError) as error:
-        raise StoreError(f"{address} is corrupted: {error}") from error
+        names: list[str] = json.loads(metadata[b"files"])
+    except (KeyError, ValueError) as error:
+        raise StoreError(f"{address} is corrupted: it doesn't list its data files") from error
+    return names
 
 
 def check_files(store: Store, release: Release) -> None:

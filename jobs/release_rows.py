@@ -4,13 +4,12 @@ from collections.abc import Collection
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from deltalake.exceptions import DeltaError
 
-from jobs.delta import open_table, read_actions
+from jobs.delta import open_table, read_actions, table_errors
 from jobs.errors import StoreError
 from jobs.files import replace_files
 from jobs.schemas import RELEASES
-from jobs.storage import one_line, storage_errors
+from jobs.storage import parquet_errors
 from jobs.store import Store
 
 
@@ -28,12 +27,9 @@ def drop_releases(store: Store, versions: Collection[int]) -> bool:
         StoreError: The table can't be read or written.
     """
     address = store.uri("releases")
-    try:
-        with storage_errors(address, "read"):
-            table = open_table(address)
-            actions = read_actions(table, address).to_pylist()
-    except DeltaError as error:
-        raise StoreError(f"{address} can't be read: {one_line(error)}") from error
+    with table_errors(address, "read"):
+        table = open_table(address)
+        actions = read_actions(table, address).to_pylist()
     sizes = {row["path"]: int(row["size_bytes"]) for row in actions}
     removed = {path: size for path, size in sizes.items() if _read_version(store, path) in versions}
     only_after = table.version()
@@ -43,9 +39,10 @@ def drop_releases(store: Store, versions: Collection[int]) -> bool:
 def _read_version(store: Store, path: str) -> int:
     """Return the release that a file of the table holds: one a file, as `publish` writes them."""
     address = store.uri("releases", path)
-    with storage_errors(address, "read"):
+    with parquet_errors(address):
         content = pa.BufferReader(store.filesystem().cat_file(address))
-    versions = pq.ParquetFile(content).read(["version"], use_threads=False)["version"].to_pylist()
+        table = pq.ParquetFile(content).read(["version"], use_threads=False)
+    versions = table["version"].to_pylist()
     if len(versions) != 1:
         raise StoreError(f"{address} is corrupted: {len(versions)} releases, expected 1")
     version: int = versions[0]

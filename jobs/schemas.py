@@ -26,6 +26,7 @@ EMBEDDINGS = pa.schema(
         pa.field("reject_detail", pa.string()),
         pa.field("first_seen", pa.timestamp("us", "UTC")),
         pa.field("attempts", pa.int32()),
+        pa.field("limits_hash", pa.int64()),
         *(pa.field(f"{name}_embedding", pa.list_(pa.float32())) for name in EMBEDDING_FIELDS),
     ]
 )
@@ -37,7 +38,7 @@ read, and for the image or text that a live row lacks, with the reason beside it
 A row is embedded again when `image_hash` (reference and version), `text_hash` (filled template) or
 `etag_hash` (what the image's server says; 0: not asked) differs. `image_content` hashes the image's
 bytes. Of a reject, `first_seen` is when the same content was first refused, and `attempts` how many
-refreshes have tried it."""
+refreshes have tried it; `limits_hash` names the configured limits that a row was judged by."""
 
 RELEASES = pa.schema(
     [

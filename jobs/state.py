@@ -3,6 +3,7 @@
 Letters: N rows.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from jobs.cluster import gather
 from jobs.errors import StoreError
 from jobs.images import RejectReason
 from jobs.schemas import DELETE, REJECT, UPSERT
+from jobs.storage import parquet_errors
 from jobs.store import Release, Store
 
 Int64Array = npt.NDArray[np.int64]
@@ -35,6 +37,7 @@ STATE_DTYPE = np.dtype(
         ("content", "<i8"),
         ("first_seen", "<i8"),
         ("written_at", "<i8"),
+        ("limits_hash", "<i8"),
         ("attempts", "<i4"),
         ("file", "<i4"),
         ("row", "<i4"),
@@ -158,19 +161,18 @@ def rows_address(store: Store, release: Release) -> str:
         ) from error
 
 
-def read_row_groups(store: Store, address: str, groups: range, columns: list[str]) -> pa.Table:
-    """Read row groups of a `rows.parquet` or `ids.parquet`.
+def read_row_groups(
+    store: Store, address: str, groups: Sequence[int], columns: list[str]
+) -> pa.Table:
+    """Read row groups of a `rows.parquet` or `ids.parquet`; those that it doesn't have are none.
 
     Raises:
         StoreError: The file is missing or damaged.
     """
-    try:
-        with store.filesystem().open(address, "rb") as handle:
-            parquet = pq.ParquetFile(handle)
-            wanted = [number for number in groups if number < parquet.num_row_groups]
-            return parquet.read_row_groups(wanted, columns=columns)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise StoreError(f"{address} can't be read: {error}") from error
+    with parquet_errors(address), store.filesystem().open(address, "rb") as handle:
+        parquet = pq.ParquetFile(handle)
+        wanted = [number for number in groups if number < parquet.num_row_groups]
+        return parquet.read_row_groups(wanted, columns=columns)
 
 
 def read_data_file(store: Store, file: str, columns: list[str]) -> pa.Table:
@@ -185,11 +187,8 @@ def read_data_file(store: Store, file: str, columns: list[str]) -> pa.Table:
         StoreError: The file is missing or damaged.
     """
     address = store.uri("embeddings", file)
-    try:
-        with store.filesystem().open(address, "rb") as handle:
-            return pq.ParquetFile(handle).read(columns=columns)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise StoreError(f"{address} can't be read: {error}") from error
+    with parquet_errors(address), store.filesystem().open(address, "rb") as handle:
+        return pq.ParquetFile(handle).read(columns=columns)
 
 
 def take_rows(rows: Records, wanted: Int64Array) -> tuple[Records, BoolArray]:

@@ -1,4 +1,4 @@
-"""Opens the file system of an address, local or s3://, and says how long S3 is waited for.
+"""Opens the file system of an address, fetches from it, and says how long S3 is waited for.
 
 A refused connection, a cut one, a slow answer and a 503 are tried again wherever they meet us,
 for `patience_s()` seconds in all; what is left after that is one line. `jobs.delta` does the same
@@ -9,12 +9,16 @@ import logging
 import os
 import random
 import re
+import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Final
 
 import fsspec
+import pyarrow as pa
 import s3fs
 import tenacity
 from botocore.exceptions import BotoCoreError, ClientError
@@ -37,6 +41,9 @@ RETRY_CODES: Final = frozenset(
 )  # fmt: skip
 CREDENTIALS: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 LINE_CHARS: Final = 320
+# What reading a Parquet file ends with that is cut, damaged, or on a storage that cuts its answers.
+PARQUET_ERRORS: Final = (OSError, pa.ArrowException, UnicodeDecodeError, *S3_RETRYABLE_ERRORS)
+_BACKTRACE: Final = re.compile(r"\n\s+0: .*", re.DOTALL)  # of Rust, without a name in it
 _ANSWER: Final = re.compile(r"<\?xml.*?<Code>(.*?)</Code>.*?<Message>(.*?)</Message>.*", re.DOTALL)
 _log = logging.getLogger(__name__)
 
@@ -145,6 +152,90 @@ def storage_errors(address: str, doing: str) -> Iterator[None]:
         raise StoreError(f"{address} can't be {doing}: {one_line(error)}") from error
 
 
+@contextmanager
+def parquet_errors(address: str) -> Iterator[None]:
+    """Turn what reading a Parquet file raises into one line.
+
+    Args:
+        address: Of the file.
+
+    Raises:
+        StoreError: The block raised one of `PARQUET_ERRORS`.
+    """
+    try:
+        with storage_errors(address, "read"):
+            yield
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise StoreError(f"{address} can't be read: {one_line(error)}") from error
+
+
+def fetch_file(filesystem: fsspec.AbstractFileSystem, target: str, local: Path) -> None:
+    """Copy a remote file to this machine; it appears whole or not at all.
+
+    Raises:
+        OSError: It can't be read or written; so do the other errors of `storage_errors`.
+    """
+    part = local.with_name(f"{local.name}.{uuid.uuid4().hex}.part")
+    filesystem.get_file(target, str(part))
+    part.replace(local)
+
+
+def fetch_folder(filesystem: fsspec.AbstractFileSystem, target: str, local: Path) -> None:
+    """Copy a remote folder to this machine, if it isn't there; it appears whole or not at all.
+
+    Many processes may do so at once. A local folder that lacks a file, as where temporary files
+    are swept by their age, is replaced.
+
+    Args:
+        filesystem: Where the folder lies.
+        target: Its address; its files never change.
+        local: The local folder.
+
+    Raises:
+        OSError: It can't be read or written; so do the other errors of `storage_errors`.
+    """
+    base = filesystem._strip_protocol(target).rstrip("/")
+    found = filesystem.find(base, detail=True).items()
+    sizes = {k.removeprefix(f"{base}/"): int(v["size"]) for k, v in found if v["type"] == "file"}
+    if not sizes:
+        raise FileNotFoundError(target)
+    if _holds(local, sizes):
+        return
+    part = local.with_name(f"{local.name}.{uuid.uuid4().hex}.part")
+    try:
+        for name in sizes:
+            (part / name).parent.mkdir(parents=True, exist_ok=True)
+        filesystem.get([f"{base}/{name}" for name in sizes], [str(part / name) for name in sizes])
+        if not _holds(part, sizes):
+            raise OSError("it was cut short on its way")
+        _put_in_place(part, local, sizes)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _holds(folder: Path, sizes: dict[str, int]) -> bool:
+    """Whether a local folder has all files, in their sizes in bytes."""
+    try:
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _put_in_place(part: Path, local: Path, sizes: dict[str, int]) -> None:
+    if _holds(local, sizes):
+        return
+    stale = part.with_suffix(".stale")
+    with suppress(FileNotFoundError):
+        local.rename(stale)
+    try:
+        part.rename(local)
+    except OSError:
+        if not _holds(local, sizes):  # else another process was quicker
+            raise
+    finally:
+        shutil.rmtree(stale, ignore_errors=True)
+
+
 def retrying(address: str, may_pass: Callable[[BaseException], bool]) -> dict[str, Any]:
     """Return tenacity's settings: full jitter, up to 8 s between two tries, bounded in time.
 
@@ -193,6 +284,7 @@ def gone(address: str, error: BaseException) -> StorageError:
 def one_line(error: BaseException) -> str:
     """Return an error's words: one line of bounded length, without colours and credentials."""
     text = re.sub(r"\x1b\[[0-9;]*m|\u21b3", "", str(error))
+    text = _BACKTRACE.sub("", text)
     text = _ANSWER.sub(r"\1: \2", text)  # AWS repeats the key's id and what was signed
     for name in CREDENTIALS:
         text = text.replace(os.environ.get(name) or name, "***")

@@ -20,13 +20,20 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
-from deltalake.exceptions import DeltaError, TableNotFoundError
+from deltalake.exceptions import TableNotFoundError
 from deltalake.transaction import AddAction
 
-from jobs.delta import append_files, create_table, open_table, read_actions
+from jobs.delta import append_files, create_table, open_table, read_actions, table_errors
 from jobs.errors import PublishConflictError, StoreError
 from jobs.schemas import EMBEDDINGS, RELEASES
-from jobs.storage import one_line, open_filesystem, storage_errors
+from jobs.storage import (
+    fetch_file,
+    fetch_folder,
+    one_line,
+    open_filesystem,
+    parquet_errors,
+    storage_errors,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +154,10 @@ class Store:
         return target
 
     def local_copy(self, cache: Path, *parts: str) -> Path:
-        """Return a local path of a file or flat folder of the store, fetched if it is remote.
+        """Return a local path of a file or folder of the store, fetched if it is remote.
+
+        A file is fetched at every call. A folder must hold what never changes, as checkpoints do:
+        it is fetched once, also where many processes share the cache.
 
         Args:
             cache: Where remote files are put, under their own relative path.
@@ -163,7 +173,8 @@ class Store:
                 return Path(target)
             local = cache.joinpath(*parts)
             local.parent.mkdir(parents=True, exist_ok=True)
-            _fetch(filesystem, target, local)
+            is_folder = filesystem.info(target)["type"] == "directory"
+            (fetch_folder if is_folder else fetch_file)(filesystem, target, local)
         return local
 
     def add_checkpoint(
@@ -195,11 +206,15 @@ class Store:
         return self._table("embeddings", EMBEDDINGS, version)
 
     def commit_embeddings(self, files: Sequence[DataFile]) -> None:
-        """Add written files to the embeddings table in one Delta commit."""
+        """Add written files to the embeddings table in one Delta commit.
+
+        Raises:
+            StoreError: The table can't be opened or committed to.
+        """
         address = self.uri("embeddings")
         self.embeddings()  # made if there is none
-        with storage_errors(address, "committed to"):
-            append_files(address, [_add_action(file) for file in files], EMBEDDINGS)
+        with table_errors(address, "committed to"):
+            append_files(address, [add_action(file) for file in files], EMBEDDINGS)
 
     def embeddings_version(self) -> int | None:
         """Return the newest version of the embeddings table; None if there is no table.
@@ -208,40 +223,55 @@ class Store:
             StoreError: The table can't be opened.
         """
         address = self.uri("embeddings")
-        try:
-            with storage_errors(address, "opened"):
+        with table_errors(address, "opened"):
+            try:
                 version: int = open_table(address).version()
-                return version
-        except TableNotFoundError:
-            return None
-        except DeltaError as error:
-            raise StoreError(f"{address} can't be opened: {one_line(error)}") from error
+            except TableNotFoundError:
+                return None
+            return version
 
     def embedding_files(self, version: int | None) -> list[str]:
-        """List the data files of a version of the embeddings table, relative to the table."""
-        if version is None:
-            return []
-        actions = read_actions(self.embeddings(version), self.uri("embeddings"))
-        return sorted(actions["path"].to_pylist())
+        """List the data files of a version of the embeddings table, relative to the table.
+
+        Raises:
+            StoreError: The table can't be read.
+        """
+        return sorted(self._embedding_actions(version, "path"))
 
     def embedding_rows(self, version: int | None) -> int:
-        """Count the rows of a version of the embeddings table: all that were appended."""
+        """Count the rows of a version of the embeddings table: all that were appended.
+
+        Raises:
+            StoreError: The table can't be read.
+        """
+        return sum(self._embedding_actions(version, "num_records"))
+
+    def _embedding_actions(self, version: int | None, column: str) -> list[Any]:
         if version is None:
-            return 0
-        actions = read_actions(self.embeddings(version), self.uri("embeddings"))
-        return sum(actions["num_records"].to_pylist())
+            return []
+        table, address = self.embeddings(version), self.uri("embeddings")
+        with table_errors(address, "read"):
+            values: list[Any] = read_actions(table, address)[column].to_pylist()
+        return values
 
     def releases(self) -> list[Release]:
-        """List all releases, newest first; empty if nothing was published."""
+        """List all releases, newest first; empty if nothing was published.
+
+        Raises:
+            StoreError: The table can't be read, or is of another version of Vitrine.
+        """
         address = self.uri("releases")
-        try:
-            with storage_errors(address, "read"):
+        with table_errors(address, "read"):
+            try:
                 rows = self._read_rows(open_table(address))
-        except TableNotFoundError:
-            return []
-        except (DeltaError, pa.ArrowInvalid) as error:
-            raise StoreError(f"{address} can't be read: {one_line(error)}") from error
-        releases = [Release(**(row | {"quality": json.loads(row["quality"])})) for row in rows]
+            except TableNotFoundError:
+                return []
+        try:
+            releases = [Release(**(row | {"quality": json.loads(row["quality"])})) for row in rows]
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(
+                f"{address} is no table of this version of Vitrine: {one_line(error)}"
+            ) from error
         return sorted(releases, key=lambda release: -release.version)
 
     def _read_rows(self, table: DeltaTable) -> list[dict[str, Any]]:
@@ -253,8 +283,10 @@ class Store:
         actions = read_actions(table, self.uri("releases"))
         rows: list[dict[str, Any]] = []
         for path in sorted(actions["path"].to_pylist()):
-            content = pa.BufferReader(self.filesystem().cat_file(self.uri("releases", path)))
-            rows += pq.ParquetFile(content).read(use_threads=False).to_pylist()
+            address = self.uri("releases", path)
+            with parquet_errors(address):
+                content = pa.BufferReader(self.filesystem().cat_file(address))
+                rows += pq.ParquetFile(content).read(use_threads=False).to_pylist()
         return rows
 
     def current_release(self) -> Release | None:
@@ -301,6 +333,7 @@ class Store:
 
         Raises:
             PublishConflictError: Another job published since `release.parent`.
+            StoreError: The table can't be read or committed to.
         """
         table = self._table("releases", RELEASES, None)
         current = self.current_release()
@@ -309,8 +342,8 @@ class Store:
         row = asdict(release) | {"quality": json.dumps(release.quality, sort_keys=True)}
         file = self._write_row(row)
         address = self.uri("releases")
-        with storage_errors(address, "committed to"):
-            if not append_files(address, [_add_action(file)], RELEASES, only_after=table.version()):
+        with table_errors(address, "committed to"):
+            if not append_files(address, [add_action(file)], RELEASES, only_after=table.version()):
                 raise self._conflict(release)
 
     def _write_row(self, row: dict[str, Any]) -> DataFile:
@@ -330,11 +363,8 @@ class Store:
 
     def _table(self, name: str, schema: pa.Schema, version: int | None) -> DeltaTable:
         address = self.uri(name)
-        try:
-            with storage_errors(address, "opened"):
-                table = _open_or_create(address, schema, version)
-        except DeltaError as error:
-            raise StoreError(f"{address} can't be opened: {one_line(error)}") from error
+        with table_errors(address, "opened"):
+            table = _open_or_create(address, schema, version)
         found = pa.schema(table.schema().to_arrow())
         if set(found.names) != set(schema.names):
             raise StoreError(
@@ -352,20 +382,11 @@ def _open_or_create(address: str, schema: pa.Schema, version: int | None) -> Del
         return open_table(address, version)
 
 
-def _add_action(file: DataFile) -> AddAction:
+def add_action(file: DataFile) -> AddAction:
+    """Return what names a written file in a commit."""
     now_ms = int(datetime.now(UTC).timestamp() * 1000)
     rows = json.dumps({"numRecords": file.rows})
     return AddAction(file.path, file.size_bytes, {}, now_ms, True, rows)
-
-
-def _fetch(filesystem: fsspec.AbstractFileSystem, target: str, local: Path) -> None:
-    """Copy a remote file or flat folder to this machine; a file appears whole or not at all."""
-    if filesystem.info(target)["type"] == "directory":
-        filesystem.get(target, str(local), recursive=True)
-        return
-    part = local.with_name(f"{local.name}.{uuid.uuid4().hex}.part")
-    filesystem.get_file(target, str(part))
-    part.replace(local)
 
 
 def scratch_folder(name: str) -> Path:

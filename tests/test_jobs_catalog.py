@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from jobs.catalog import read_catalog, template_names
 from jobs.config import CatalogConfig
 from jobs.errors import CatalogError
+from jobs.images import ImagesConfig
 from jobs.items import (
-    PLAN_DTYPE,
-    check_unique,
+    explain_duplicates,
     fill_template,
     read_items,
     read_unit,
@@ -218,7 +218,8 @@ def test_uris_in_other_string_types(tmp_path, column):
 def hashes(tmp_path, **changes):
     columns = {"product_id": ["a"], "title": ["t"], "image_uri": ["u"]} | changes
     catalog = read(write(tmp_path / "x.parquet", columns))
-    return scan_unit(catalog, catalog.units[0], "r")["content_hash"][0]
+    rows = scan_unit(catalog, 0, "r", ImagesConfig())
+    return rows[["image_hash", "text_hash"]][0].item()
 
 
 def test_content_hash_follows_the_content_alone(tmp_path):
@@ -227,7 +228,7 @@ def test_content_hash_follows_the_content_alone(tmp_path):
     for change in ({"title": ["s"]}, {"image_uri": ["v"]}, {"image_version": [2]}):
         assert hashes(tmp_path, **change) != base
     catalog = read(tmp_path / "x.parquet")
-    one, other = (scan_unit(catalog, catalog.units[0], r)["content_hash"] for r in "rs")
+    one, other = (scan_unit(catalog, 0, r, ImagesConfig())["text_hash"] for r in "rs")
     assert one != other
 
 
@@ -318,11 +319,11 @@ def test_text_that_is_no_utf8_is_named(tmp_path):
         assert len(found) == 2
 
 
-def scan(catalog):
-    parts = [scan_unit(catalog, unit, "r") for unit in catalog.units]
-    plan = np.concatenate([np.empty(0, PLAN_DTYPE), *parts])
-    plan.sort(order="vector_id")
-    return plan
+def find_twice(catalog):
+    units = range(len(catalog.units))
+    plan = np.concatenate([scan_unit(catalog, n, "r", ImagesConfig()) for n in units])
+    ids, counts = np.unique(plan["vector_id"], return_counts=True)
+    return set(ids[counts > 1].tolist())
 
 
 def test_duplicate_ids_are_named_across_files(tmp_path):
@@ -330,20 +331,20 @@ def test_duplicate_ids_are_named_across_files(tmp_path):
         columns = {"product_id": ids, "title": ids, "image_uri": ids}
         write(tmp_path / f"{name}.parquet", columns)
     catalog = read(tmp_path)
-    with pytest.raises(CatalogError, match="2 product ids occur more than once: 'q', 'r'"):
-        check_unique(catalog, scan(catalog))
+    error = explain_duplicates(catalog, find_twice(catalog))
+    assert isinstance(error, CatalogError)
+    assert "2 product ids occur more than once: 'q', 'r'" in str(error)
 
 
 def test_duplicates_with_lists_of_unequal_length(tmp_path):
     columns = {"product_id": ["p", "p"], "title": ["t"] * 2, "image_uri": [["1", "2"], ["1"]]}
     catalog = read(write(tmp_path / "x.parquet", columns))
-    with pytest.raises(CatalogError, match="'p'"):
-        check_unique(catalog, scan(catalog))
+    assert "'p'" in str(explain_duplicates(catalog, find_twice(catalog)))
 
 
 def test_distinct_ids_pass(tmp_path):
     catalog = read(write(tmp_path / "x.parquet"))
-    check_unique(catalog, scan(catalog))
+    assert find_twice(catalog) == set()
 
 
 @pytest.mark.parametrize(("value", "words"), [(None, "a null"), ("", "an empty")])
@@ -388,3 +389,26 @@ def test_vector_ids_are_63_bits_and_distinct(names):
     ids = [vector_id(name, number) for name in names for number in range(3)]
     assert len(set(ids)) == len(ids)
     assert all(0 <= one < 2**63 for one in ids)
+
+
+def scan(path, columns):
+    return scan_unit(read(write(path, columns)), 0, "r", ImagesConfig())
+
+
+def test_metadata_is_told_by_its_names_too(tmp_path):
+    base = {"product_id": ["a"], "title": ["t"], "image_uri": ["x"]}
+    one = scan(tmp_path / "1.parquet", base | {"price": [1]})
+    two = scan(tmp_path / "2.parquet", base | {"prize": [1]})
+    three = scan(tmp_path / "3.parquet", base | {"price": [2]})
+    assert len({one["metadata_hash"][0], two["metadata_hash"][0], three["metadata_hash"][0]}) == 3
+    assert one["text_hash"] == two["text_hash"] == three["text_hash"]
+
+
+def test_a_column_that_some_files_lack_is_metadata(tmp_path):
+    base = {"product_id": ["a"], "title": ["t"], "image_uri": ["x"]}
+    write(tmp_path / "1.parquet", base | {"price": [1]})
+    write(tmp_path / "2.parquet", base | {"product_id": ["b"], "stock": [2]})
+    catalog = read(tmp_path)
+    assert catalog.metadata == ("product_id", "title", "price", "stock")
+    rows = [scan_unit(catalog, number, "r", ImagesConfig()) for number in range(2)]
+    assert [len(one) for one in rows] == [1, 1]

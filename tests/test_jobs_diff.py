@@ -10,7 +10,7 @@ from jobs.items import PLAN_DTYPE
 from jobs.schemas import product_hash, vector_id
 from jobs.state import RELEASED_DTYPE, STATE_DTYPE, locate, newest_rows, take_rows
 
-ONCE = Retry(max_attempts=3, new_limits=False)
+ONCE = Retry(max_attempts=3, limits_hash=7, published_us=100)
 
 
 def compare(plan, state=(), released=(), retry=ONCE):
@@ -60,13 +60,18 @@ def test_every_kind_of_row():
         ({"reason": "timeout", "attempts": 2}, ONCE, True),
         ({"reason": "timeout", "attempts": 3}, ONCE, False),
         ({"reason": "truncated", "attempts": 1}, ONCE, False),
-        ({"reason": "too_many_bytes", "attempts": 1}, ONCE, False),
-        ({"reason": "too_many_bytes"}, Retry(max_attempts=1, new_limits=True), True),
-        ({"reason": "truncated"}, Retry(max_attempts=1, new_limits=True), False),
+        ({"reason": "too_many_bytes", "limits_hash": 7}, ONCE, False),
+        ({"reason": "too_many_bytes", "limits_hash": 6}, ONCE, True),
+        ({"reason": "truncated", "limits_hash": 6}, ONCE, False),
+        ({"reason": "not_found", "written_at": 100}, ONCE, False),
+        ({"reason": "not_found", "written_at": 101}, ONCE, True),  # nothing was published since
+        ({"reason": "truncated", "written_at": 101}, ONCE, False),
+        ({"reason": "text_too_long", "limits_hash": 6, "operation": "upsert"}, ONCE, True),
+        ({"reason": "timeout", "operation": "upsert"}, ONCE, False),  # live without its image
     ],
 )
 def test_which_rejects_are_tried_again(reject, retry, again):
-    state = [row(1, operation="reject", **reject)]
+    state = [row(1, **({"operation": "reject"} | reject))]
     counts, todo, _ = compare([row(1)], state, retry=retry)
     assert (counts.retried, len(todo), counts.unchanged) == (again, again, not again)
 

@@ -292,7 +292,7 @@ def test_a_lost_data_file_is_one_line(shop, tmp_path, call_vitrine, failed_line)
     next((tmp_path / "store" / "embeddings").glob("*.parquet")).unlink()
     store = f"store={tmp_path / 'store'}"
     done = call_vitrine("rejects", "--config", shop.config, "--set", store, "--json")
-    assert ".parquet can't be read" in failed_line(done)
+    assert ".parquet is missing" in failed_line(done)
     assert done.stdout == ""
 
 

@@ -25,6 +25,7 @@ def make_release(version, parent, run="run"):
         rejected=1,
         rows=4,
         config_hash="c" * 64,
+        command="refresh",
         quality={"image": {"intersection_at_10": 0.5}},
     )
 

@@ -1,0 +1,106 @@
+"""What dies in a Ray cluster ends in one line; a bug stays a traceback."""
+
+import os
+import signal
+import socket
+import time
+
+import pytest
+import ray
+
+from jobs.cluster import gather, gather_bounded, ray_errors, ray_session
+from jobs.config import RayConfig
+from jobs.errors import JobError, StoreError
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    with ray_session(RayConfig(object_store_mb=100)):
+        yield
+
+
+@ray.remote(num_cpus=1, max_retries=0)
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@ray.remote(num_cpus=1)
+def wait_for(*values):
+    return values
+
+
+@ray.remote(num_cpus=1)
+def fail(error):
+    raise error
+
+
+@ray.remote(num_cpus=0)
+class Actor:
+    def __init__(self, error=None):
+        if error is not None:
+            raise error
+
+    def die(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_worker_that_dies(local_ray, chained):
+    reference = wait_for.remote(die.remote()) if chained else die.remote()
+    with pytest.raises(JobError, match=r"worker process died; what was committed stays") as caught:
+        gather([reference])
+    assert "\n" not in str(caught.value)
+    assert "embed.actors" in str(caught.value)
+
+
+def test_worker_that_dies_among_many(local_ray):
+    with pytest.raises(JobError, match="worker process died"):
+        list(gather_bounded(lambda call: call(), [wait_for.remote, die.remote], in_flight=2))
+
+
+def test_actor_that_dies(local_ray):
+    with pytest.raises(JobError, match="actor process died"), ray_errors():
+        ray.get(Actor.remote().die.remote())
+
+
+def test_error_of_ours_keeps_its_type(local_ray):
+    with pytest.raises(StoreError, match=r"^it is damaged$"):
+        gather([wait_for.remote(fail.remote(StoreError("it is damaged")))])
+
+
+def test_error_of_ours_in_an_actors_start(local_ray):
+    with pytest.raises(JobError, match=r"^it is damaged$"), ray_errors():
+        ray.get(Actor.remote(StoreError("it is damaged")).die.remote())
+
+
+def test_bug_is_no_job_error(local_ray):
+    with pytest.raises(KeyError):
+        gather([fail.remote(KeyError("a bug"))])
+    with pytest.raises(ray.exceptions.ActorDiedError), ray_errors():
+        ray.get(Actor.remote(KeyError("a bug")).die.remote())
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        (None, "nothing answers there"),
+        ("127.0.0.1:99999", "can't be used: "),
+        ("nonsense", "can't be used: Invalid address"),
+    ],
+)
+def test_cluster_that_is_not_there(address, words, monkeypatch):
+    monkeypatch.setattr("jobs.cluster.CONNECT_S", 1.0)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    address, started = address or f"127.0.0.1:{free_port()}", time.monotonic()
+    with (
+        pytest.raises(JobError, match=f"the Ray cluster at {address} .*{words}"),
+        ray_session(RayConfig(address=address)),
+    ):
+        pytest.fail("there is no such cluster")
+    assert time.monotonic() - started < 20

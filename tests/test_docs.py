@@ -49,7 +49,8 @@ def test_readme_shows_every_command():
 def test_readme_command_exists(line):
     name, *words = shlex.split(line, comments=True)
     assert name in COMMANDS
-    options = {option for one in COMMANDS[name].params for option in one.opts}
+    params = COMMANDS[name].params
+    options = {option for one in params for option in (*one.opts, *one.secondary_opts)}
     assert {word for word in words if re.match(r"--?[a-z]", word)} <= options
 
 

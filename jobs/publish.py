@@ -84,7 +84,9 @@ def conclude(
         "gate_failures": failures,
         "parent": before or None,
         **describe_changes(changes),
-        "share_of_first_build": _share_of_first_build(work),
+        "worker_s": work["worker_s"],
+        "share_of_first_build": _share_of_first_build(work, "worker_s"),
+        "wall_share_of_first_build": _share_of_first_build(work, "embed_s"),
         "rejects": built.rejects,
         "masked": built.masked,
         "placeholders": built.placeholders,
@@ -135,7 +137,8 @@ def _write_report(run: Run, task: BuildTask, built: Built, report: dict[str, Any
 
 def _work(run: Run, task: BuildTask, embedded: EmbedResult) -> dict[str, Any]:
     """Return what embedding took, beside what it took in the first build with this encoder."""
-    own = {"embedded": embedded.embedded, "embed_s": embedded.wall_s}
+    worker_s = sum(embedded.seconds.values())
+    own = {"embedded": embedded.embedded, "embed_s": embedded.wall_s, "worker_s": worker_s}
     if run.parent is not None and run.parent.encoder == task.space.encoder:
         return own | {"first_build": run.parent.quality["work"]["first_build"]}
     # After a run that was killed or stopped by a gate, the rest says nothing of the whole.
@@ -188,7 +191,7 @@ def describe_changes(changes: Changes) -> dict[str, Any]:
     }
 
 
-def _share_of_first_build(work: dict[str, Any]) -> float | None:
+def _share_of_first_build(work: dict[str, Any], seconds: str) -> float | None:
     """Return the seconds of embedding over those of the first build.
 
     None for that one itself, and where it was done in several runs.
@@ -196,4 +199,4 @@ def _share_of_first_build(work: dict[str, Any]) -> float | None:
     first = work["first_build"]
     if first is None or first["embed_s"] == work["embed_s"]:
         return None
-    return float(work["embed_s"] / first["embed_s"])
+    return float(work[seconds] / first[seconds])

@@ -144,6 +144,7 @@ def test_after_many_nights_it_answers_like_one_built_afresh(shop, rows):
     assert {index["action"] for index in report["indexes"]} == {"updated"}
     assert all(index["missing"] == index["extra"] == 0 for index in report["indexes"])
     assert 0 < report["share_of_first_build"] < 5
+    assert report["wall_share_of_first_build"] > 0
     fresh = shop.refresh("fresh")
     assert fresh.embedded == fresh.rows == result.rows
     queries = [row["title"] for row in catalog[::7]]

@@ -17,6 +17,7 @@ from jobs.live import Live, Reason
 from jobs.queries import Measured
 from jobs.schemas import REJECT, UPSERT
 from jobs.state import read_data_file
+from jobs.storage import parquet_errors
 from jobs.store import Release, Store, scratch_folder
 
 PLACEHOLDERS = 10
@@ -124,7 +125,8 @@ def _find_ids(store: Store, entry: dict[str, Any], vector_ids: list[int]) -> Sum
     try:
         path = store.local_copy(cache, "indexes", entry["folder"], entry["file"])
         columns = ["vector_id", "product_id", "image_uri"]
-        table = pq.read_table(path, columns=columns, filters=[("vector_id", "in", vector_ids)])
+        with parquet_errors(store.uri("indexes", entry["folder"], entry["file"])):
+            table = pq.read_table(path, columns=columns, filters=[("vector_id", "in", vector_ids)])
     finally:
         shutil.rmtree(cache)
     rows = {row["vector_id"]: row for row in table.to_pylist()}

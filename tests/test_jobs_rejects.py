@@ -24,7 +24,7 @@ from jobs.state import OPERATIONS, REASONS, STATE_DTYPE
 
 CLOSED_PORT = "127.0.0.1:9"
 ODD_NAME = "[red]\x1b[31modd"
-RETRY = Retry(max_attempts=3, new_limits=False)
+RETRY = Retry(max_attempts=3, limits_hash=0, published_us=1_000_000)
 
 
 @pytest.fixture(scope="module", autouse=True)

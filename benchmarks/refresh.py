@@ -1,6 +1,6 @@
 """What a nightly refresh costs, beside the first build; and whether memory grows with the catalog.
 
-    python benchmarks/refresh.py churn [--products 20000] [--share 0.01]
+    python benchmarks/refresh.py churn [--products 20000] [--share 0.01] [--sample FOLDER]
     python benchmarks/refresh.py memory [--rows 10000 100000]
 
 churn   renders a sample catalog, builds it, changes a share of it (text, picture, new, removed, and
@@ -75,6 +75,13 @@ def change(rows: list[Row], share: float) -> list[Row]:
     return after + new
 
 
+def render(folder: Path, products: int) -> Path:
+    """Render a sample catalog; return its folder."""
+    command = [sys.executable, "-m", "jobs", "sample", str(folder), "--products", str(products)]
+    subprocess.run([*command, "-q"], cwd=REPOSITORY, check=True, capture_output=True)
+    return folder
+
+
 def write_rows(path: Path, rows: list[Row]) -> None:
     """Write a catalog."""
     pq.write_table(pa.Table.from_pylist(rows), path)
@@ -82,12 +89,10 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 
 def churn(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Build, change, refresh; return what both runs' reports say."""
-    sample = [sys.executable, "-m", "jobs", "sample", str(folder / "sample"), "-q"]
-    sample += ["--products", str(arguments.products)]
-    subprocess.run(sample, cwd=REPOSITORY, check=True, capture_output=True)
-    rows = pq.read_table(folder / "sample" / "catalog.parquet").to_pylist()
-    first = run_refresh(folder, folder / "sample" / "catalog.parquet")["report"]
-    changed = folder / "sample" / "changed.parquet"
+    sample = arguments.sample or render(folder / "sample", arguments.products)
+    rows = pq.read_table(sample / "catalog.parquet").to_pylist()
+    first = run_refresh(folder, sample / "catalog.parquet")["report"]
+    changed = sample / "changed.parquet"
     write_rows(changed, change(rows, arguments.share))
     second = run_refresh(folder, changed)["report"]
     shown = ("rows", "new", "changed", "removed", "metadata_changed", "embedded")
@@ -112,10 +117,8 @@ def churn(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def memory(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Refresh catalogs of several sizes; return the peak of each driver."""
-    sample = [sys.executable, "-m", "jobs", "sample", str(folder / "sample"), "-q"]
-    sample += ["--products", str(PICTURES)]
-    subprocess.run(sample, cwd=REPOSITORY, check=True, capture_output=True)
-    rows = pq.read_table(folder / "sample" / "catalog.parquet").to_pylist()
+    sample = render(folder / "sample", PICTURES)
+    rows = pq.read_table(sample / "catalog.parquet").to_pylist()
     peaks: dict[str, Any] = {}
     for count in arguments.rows:
         one = folder / str(count)
@@ -125,7 +128,7 @@ def memory(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             | {
                 "product_id": f"p{n:09d}",
                 "title": f"{rows[n % PICTURES]['title']} {n}",
-                "image_uri": str(folder / "sample" / rows[n % PICTURES]["image_uri"]),
+                "image_uri": str(sample / rows[n % PICTURES]["image_uri"]),
             }
             for n in range(count)
         ]
@@ -152,6 +155,7 @@ def main() -> None:
     nightly = commands.add_parser("churn")
     nightly.add_argument("--products", type=int, default=20_000)
     nightly.add_argument("--share", type=float, default=0.01)
+    nightly.add_argument("--sample", type=Path, help="rendered before: vitrine sample FOLDER")
     nightly.set_defaults(run=churn)
     peaks = commands.add_parser("memory")
     peaks.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])

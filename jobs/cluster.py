@@ -101,8 +101,10 @@ def _connect(config: RayConfig) -> None:
                 runtime_env={"env_vars": WORKER_ENVIRONMENT},
                 **({} if config.address else local),
             )
-    except (OSError, OverflowError, RuntimeError, ValueError, exceptions.RayError) as error:
-        raise JobError(f"{failed}: {one_line(error)}") from error
+    except JobError:
+        raise
+    except Exception as error:  # Ray raises just that where a raylet dies at its start
+        raise JobError(f"{failed}: {one_line(error)}; {GOES_ON}") from error
 
 
 @contextmanager

@@ -62,7 +62,7 @@ class Shop:
             "encoder": {"architecture": "vitrine-tiny", "pretrained": "random"},
             "embed": {"fields": ["image", "text", "multimodal"]},
             "ray": {"object_store_mb": 128},
-            "gate": {"min_self_retrieval": 0},
+            "gate": {"min_self_retrieval": 0, "min_overlap_at_10": 0},
             "evaluate": evaluate,
         }
         self.config.write_text(json.dumps(config))

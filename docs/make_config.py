@@ -7,7 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from jobs.config import config_keys
+from jobs.config import JobConfig
+from jobs.config_keys import config_keys
 
 TARGET = Path(__file__).resolve().parent / "config.md"
 HEAD = """# The configuration, key by key
@@ -28,7 +29,7 @@ def render_config() -> str:
         ValueError: A key has no meaning, in its model or docstring.
     """
     sections: dict[str, list[tuple[str, str, str]]] = {}
-    for name, default, meaning in config_keys():
+    for name, default, meaning in config_keys(JobConfig):
         section, _, key = name.rpartition(".")
         if not meaning:
             raise ValueError(f"{name} has no description")

@@ -1,6 +1,7 @@
 import pytest
 
-from jobs.config import config_keys, read_config
+from jobs.config import JobConfig, read_config
+from jobs.config_keys import config_keys
 from jobs.errors import ConfigError
 
 GOOD = """
@@ -153,6 +154,6 @@ def test_hash_depends_on_the_values_alone(config_file, tmp_path):
 
 
 def test_every_key_says_what_it_means():
-    keys = list(config_keys())
+    keys = list(config_keys(JobConfig))
     assert {"store", "catalog.path", "encoder.pretrained"} <= {name for name, _, _ in keys}
     assert [name for name, _, meaning in keys if not meaning] == []

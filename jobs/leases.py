@@ -69,12 +69,17 @@ def hold_lease(store: Store, run_id: str, parent: Release | None) -> Iterator[Le
     done = threading.Event()
     renewing = threading.Thread(target=_renew, args=(store, lease, done), daemon=True)
     renewing.start()
+    gone = False
     try:
         yield lease
+    except StorageError:
+        gone = True  # removing it would wait once more; it expires by itself
+        raise
     finally:
         done.set()
-        renewing.join()  # a renewal under way would bring the lease back
-        _remove(store, run_id)
+        if not gone:
+            renewing.join()  # a renewal under way would bring the lease back
+            _remove(store, run_id)
 
 
 def live_leases(store: Store) -> list[Lease]:

@@ -18,6 +18,7 @@ import structlog
 
 from jobs.errors import StoreError
 from jobs.progress import Progress
+from jobs.storage import StorageError
 from jobs.store import Release, Store, new_run_id
 
 
@@ -85,8 +86,9 @@ class Run:
             yield counted
         except BaseException as error:
             self.log("stage failed", error=f"{type(error).__name__}: {error}")
-            with contextlib.suppress(StoreError, OSError):  # what failed may be the store itself
-                self.write_log()
+            if not isinstance(error, StorageError):  # each write would wait for it again
+                with contextlib.suppress(StoreError, OSError):  # the first error is what is told
+                    self.write_log()
             raise
         seconds = time.monotonic() - started
         self.add_stage(name, seconds, counted["rows"])

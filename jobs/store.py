@@ -112,7 +112,8 @@ class Store:
         target = self.uri(*parts)
         with storage_errors(target, "written"):
             filesystem = self.filesystem()
-            filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+            if self.is_local:
+                filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
             filesystem.pipe_file(target, text.encode("utf-8", "replace"))
         return target
 
@@ -149,7 +150,8 @@ class Store:
         target = self.uri(*parts)
         with storage_errors(target, "written"):
             filesystem = self.filesystem()
-            filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+            if self.is_local:
+                filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
             filesystem.put_file(str(source), target)
         return target
 

@@ -79,8 +79,8 @@ class S3Server:
         self._command = [
             find_weed(), "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1",
             "-ip.bind=127.0.0.1", "-filer", "-s3", f"-s3.config={self._write_identity()}",
-            "-s3.port.iceberg=0", "-volume.max=20", "-master.volumeSizeLimitMB=64",
-            "-volume.preStopSeconds=0", *options,
+            "-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.max=20",
+            "-master.volumeSizeLimitMB=64", "-volume.preStopSeconds=0", *options,
         ]  # fmt: skip
         self.files = connect(self.endpoint)
 

@@ -231,10 +231,14 @@ def test_more_attempts_are_told_as_they_are_configured(shop):
 
 
 def test_a_lasting_fault_is_not_tried_again(shop):
-    rows = [by_product(shop.nights[n])["lost"] for n in ("gated", "first", "second")]
-    assert rows[0] == rows[1] == rows[2]
-    assert (rows[0]["attempts"], rows[0]["retry"]) == (1, False)
-    assert rows[0]["first_seen"] == rows[0]["last_seen"]
+    gated, first, second = (
+        by_product(shop.nights[n])["lost"] for n in ("gated", "first", "second")
+    )
+    assert first == second
+    # Of a run that published nothing, a missing picture may be a missing mount: tried once more.
+    assert (gated["attempts"], gated["retry"]) == (1, True)
+    assert (first["attempts"], first["retry"]) == (2, False)
+    assert gated["first_seen"] == first["first_seen"] < first["last_seen"]
 
 
 def test_what_was_repaired_or_removed_is_gone(shop):

@@ -172,7 +172,8 @@ def test_no_section_and_destinations_that_cannot_be(job, tmp_path, call_vitrine,
         assert words in failed_line(call_vitrine("train", tmp_path / name, "-c", job()))
     nowhere = job(name="nowhere", top={"store": str(tmp_path / "full" / "x")})
     line = failed_line(call_vitrine("train", tmp_path / "o", "--quiet", "-c", nowhere))
-    assert "full/x can't be written" in line
+    assert "full/x/training/" in line
+    assert "can't be written" in line
 
 
 def start_and_kill(command, store, folder):

@@ -305,7 +305,8 @@ def test_two_refreshes_at_once_one_wins(shop, rows):
     assert [r.version for r in shop.store().releases()] == [2, 1]
     again = shop.refresh()
     assert (again.embedded, again.live + again.rejected) == (0, again.rows)
-    ids = pq.read_table(shop.folder / "store" / "indexes" / again.run / "ids.parquet")
+    indexes = shop.store().release().indexes
+    ids = pq.read_table(shop.folder / "store" / "indexes" / indexes / "ids.parquet")
     assert len(set(ids["vector_id"].to_pylist())) == again.live
 
 

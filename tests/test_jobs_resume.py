@@ -23,6 +23,7 @@ def check_figures(figures, *, kills):
     assert figures["oldest_lost_s"] <= figures["oldest_lost_allowed_s"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_killed_refreshes_go_on_and_end_like_an_uninterrupted_one(tmp_path):
     check_figures(run_kills(tmp_path, kills=4, seed=0, products=160), kills=4)

@@ -59,6 +59,7 @@ CRASHES: tuple[tuple[type[BaseException], str], ...] = (
         f"Ray's object store is full; {GOES_ON}; try a larger ray.object_store_mb",
     ),
 )
+CANNOT_START = (OSError, OverflowError, RuntimeError, ValueError, exceptions.RayError)
 # How Ray quotes our error where an actor's own start raised it: it keeps the words alone.
 QUOTED_ERROR = re.compile(r"^jobs\.(?:errors|storage)\.\w+: (.+)$", re.MULTILINE)
 
@@ -101,9 +102,10 @@ def _connect(config: RayConfig) -> None:
                 runtime_env={"env_vars": WORKER_ENVIRONMENT},
                 **({} if config.address else local),
             )
-    except JobError:
-        raise
-    except Exception as error:  # Ray raises just that where a raylet dies at its start
+    except Exception as error:
+        # Ray raises a bare Exception, no class of its own, where a raylet dies at its start.
+        if type(error) is not Exception and not isinstance(error, CANNOT_START):
+            raise
         raise JobError(f"{failed}: {one_line(error)}; {GOES_ON}") from error
 
 

@@ -47,7 +47,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 EXAMPLES = 3
 MAX_TWICE = 10_000
-TODO_DTYPE = np.dtype(
+EMBED_DTYPE = np.dtype(
     [
         ("vector_id", "<i8"),
         ("image_hash", "<i8"),
@@ -182,7 +182,7 @@ class Diff:
     Attributes:
         plan: The whole catalog.
         counts: In rows.
-        todo: [group of units][bucket] references to `TODO_DTYPE` rows.
+        todo: [group of units][bucket] references to `EMBED_DTYPE` rows.
         removed: One reference a bucket to sorted (R,) int64 vector ids that are in the table and
             no longer in the catalog.
         version: Of the embeddings table that was compared with; None: there was no table.
@@ -323,7 +323,7 @@ def compare_rows(
         retry: Which rejects are tried again.
 
     Returns:
-        Counts; (T,) `TODO_DTYPE` rows to embed; and sorted vector ids to remove.
+        Counts; (T,) `EMBED_DTYPE` rows to embed; and sorted vector ids to remove.
     """
     twice = plan["vector_id"][1:][plan["vector_id"][1:] == plan["vector_id"][:-1]]
     stored, known = take_rows(state, plan["vector_id"])
@@ -382,8 +382,8 @@ def same_content(plan: Records, stored: Records) -> BoolArray:
 
 
 def make_todo(plan: Records, stored: Records, wanted: BoolArray, retried: BoolArray) -> Records:
-    """Return `TODO_DTYPE` rows of the wanted ones among the (N,) rows of a plan."""
-    todo = np.zeros(int(wanted.sum()), TODO_DTYPE)
+    """Return `EMBED_DTYPE` rows of the wanted ones among the (N,) rows of a plan."""
+    todo = np.zeros(int(wanted.sum()), EMBED_DTYPE)
     for name in ("vector_id", "image_hash", "text_hash", "etag_hash", "unit"):
         todo[name] = plan[name][wanted]
     for name in ("attempts", "first_seen"):

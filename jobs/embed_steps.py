@@ -79,7 +79,7 @@ def prepare_rows(batch: Batch, *, task: EmbedTask, todo: list[ray.ObjectRef]) ->
         batch: One piece of work: `group` (1,) counts in `todo`, and `start` and `stop` (1,) in
             its rows.
         task: What to embed with.
-        todo: References to `TODO_DTYPE` rows, sorted by unit and vector id; one a group of units.
+        todo: References to `EMBED_DTYPE` rows, sorted by unit and vector id; one a group of units.
 
     Yields:
         Batches of B rows: keys, `pixels` (B, H, W, 3) uint8 and `tokens` (B, L) int64 where the

@@ -65,7 +65,7 @@ def patience_s() -> float:
         raise StorageError(f"{PATIENCE_VARIABLE} is {text!r}, expected seconds") from error
 
 
-class PatientS3(s3fs.S3FileSystem):  # type: ignore[misc]
+class PatientS3(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs has no types
     """S3 whose every request is tried again with back-off and jitter, bounded in time.
 
     botocore's and s3fs's own settings count attempts: of a second together or of many minutes,

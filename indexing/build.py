@@ -1,55 +1,41 @@
-"""Train, fill, merge, write and read FAISS indexes.
+"""Fill, merge, write and read indexes.
 
 An index is trained once, empty: the *template*. Every shard is a clone of it, so that shards
-merge. Exact indexes are IndexIDMap2 over IndexFlatIP; the others are IndexIVF.
+merge. `indexing.train` makes templates, `indexing.anatomy` knows what lies inside an index.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
 
 import faiss
 import numpy as np
 
-from indexing.spec import Float32Array, IndexSpec, Int64Array, check_unit_rows
+from indexing.anatomy import (
+    borrow_quantizer,
+    check_writable,
+    clear_padding,
+    mark_mapped,
+    rotate,
+    set_ntotal,
+    without_quantizer,
+    without_vectors,
+)
+from indexing.anatomy import empty_flat as empty_flat
+from indexing.anatomy import is_ivf as is_ivf
+from indexing.anatomy import ivf_of as ivf_of
+from indexing.anatomy import list_sizes as list_sizes
+from indexing.anatomy import stored_ids as stored_ids
+from indexing.anatomy import take_range as take_range
+from indexing.files import check_file, write_file
+from indexing.train import train_index as train_index
+from indexing.vectors import Float32Array, Int64Array, check_unit_rows
 
-
-def train_index(spec: IndexSpec, sample: Float32Array, *, seed: int) -> faiss.Index:
-    """Train an empty index; `add_vectors` fills a clone of it per shard.
-
-    Args:
-        spec: What to build.
-        sample: (N, D) float32 unit rows, drawn at random from the whole catalog;
-            N >= spec.min_training_rows. A flat index learns nothing from it; N may be 0.
-        seed: Seeds k-means and the PQ: the same sample then gives the same bytes.
-
-    Returns:
-        A trained index with ntotal == 0.
-
-    Raises:
-        ValueError: The sample is too small, of another D, not finite or not of unit length.
-    """
-    check_unit_rows(sample, dim=spec.dim, name="training sample")
-    if len(sample) < spec.min_training_rows:
-        raise ValueError(
-            f"training sample: {len(sample)} rows, {spec.factory} needs at least "
-            f"{spec.min_training_rows}: take a larger sample, or a smaller nlist or pq_nbits"
-        )
-    if not spec.nlist:
-        return empty_flat(spec.dim)
-    index = faiss.index_factory(spec.dim, spec.factory, faiss.METRIC_INNER_PRODUCT)
-    if isinstance(index, faiss.IndexIVF):
-        index.cp.seed = seed
-    if isinstance(index, faiss.IndexIVFPQ):
-        index.pq.cp.seed = seed
-    index.train(sample)
-    return index
+ADDED_AT_ONCE = 2**24  # values rotated and added at once: 64 MiB
+FLAT_FILE = b"IxM2"  # the first bytes of an IndexIDMap2
 
 
 def add_vectors(
@@ -71,11 +57,31 @@ def add_vectors(
     """
     if template.ntotal:
         raise ValueError(f"the template holds {template.ntotal} vectors, expected none")
-    check_unit_rows(vectors, dim=template.d, name="vectors")
-    check_ids(vector_ids, len(vectors))
     index = faiss.clone_index(template)
-    index.add_with_ids(vectors, vector_ids)
+    append_vectors(index, vector_ids, vectors)
     return index
+
+
+def append_vectors(index: faiss.Index, vector_ids: Int64Array, vectors: Float32Array) -> None:
+    """Add vectors to an index, **in place**; that their ids aren't in it is the caller's care.
+
+    Args:
+        index: A clone of a template, in memory.
+        vector_ids: (N,) int64, >= 0 (FAISS pads results with -1) and unique.
+        vectors: (N, D) float32 unit rows.
+
+    Raises:
+        ValueError: As `add_vectors`, or the index is mapped from its file.
+    """
+    check_writable(index)
+    check_unit_rows(vectors, dim=index.d, name="vectors")
+    check_ids(vector_ids, len(vectors))
+    inner = ivf_of(index) if is_ivf(index) else index
+    step = max(1, ADDED_AT_ONCE // index.d)
+    for start in range(0, len(vectors), step):
+        block = rotate(index, vectors[start : start + step])
+        inner.add_with_ids(block, vector_ids[start : start + step])
+    set_ntotal(index)
 
 
 def merge_indexes(parts: Sequence[faiss.Index]) -> faiss.Index:
@@ -92,10 +98,12 @@ def merge_indexes(parts: Sequence[faiss.Index]) -> faiss.Index:
         parts[0], holding all vectors.
 
     Raises:
-        ValueError: There are no parts, one is given twice, they stem from different
-            templates, or a vector id is in two of them.
+        ValueError: There are no parts, one is given twice or is mapped from its file, they
+            stem from different templates, or a vector id is in two of them.
     """
     check_same_template(parts)
+    for part in parts:
+        check_writable(part)
     check_unique(np.concatenate([stored_ids(part) for part in parts]))
     return move_vectors(parts)
 
@@ -123,8 +131,11 @@ def check_same_template(parts: Sequence[faiss.Index]) -> None:
 def move_vectors(parts: Sequence[faiss.Index]) -> faiss.Index:
     """Move all vectors into the first of some checked parts, and return it."""
     merged, *others = parts
+    into = ivf_of(merged) if is_ivf(merged) else merged
     for other in others:
-        merged.merge_from(other, 0)
+        into.merge_from(ivf_of(other) if is_ivf(other) else other, 0)
+        set_ntotal(other)
+    set_ntotal(merged)
     return merged
 
 
@@ -144,121 +155,108 @@ def write_index(index: faiss.Index, path: Path) -> str:
     """Write an index so that the path never shows a half-written file.
 
     Args:
-        index: Any index of this module.
+        index: Any index of this module, in memory.
         path: Where to write; an existing file is replaced. Its folder must exist.
 
     Returns:
         The sha256 (hex) of the file: FAISS files carry none, keep it for `read_index`.
 
     Raises:
+        ValueError: The index is mapped from its file.
         OSError: The folder is missing or the file can't be written or renamed.
     """
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        faiss.write_index(index, str(partial))
-        _fsync(partial)
-        digest = _sha256(partial)
-        partial.replace(path)
-        _fsync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-    return digest
+    return _write(index, path, seal=b"")
 
 
-def read_index(path: Path, *, sha256: str) -> faiss.Index:
-    """Read an index into memory once its bytes are proved unchanged.
+def read_index(path: Path, *, sha256: str, mapped: bool = False) -> faiss.Index:
+    """Read an index, or map it into memory, once its bytes are proved unchanged.
 
     Args:
-        path: A file from `write_index`.
+        path: A file from `write_index`; it may have been moved.
         sha256: What `write_index` returned.
+        mapped: Whether to leave the vectors in the file, which the index then can't do without
+            and which it never changes: pages are read when a search touches them, and the
+            system may drop them again. FastScan codes are read into memory all the same; the
+            coarse quantizer and the rotation are, too.
 
     Raises:
         ValueError: The file's checksum is another one.
         OSError: The file is missing or unreadable.
     """
-    found = _sha256(path)
-    if found != sha256:
-        raise ValueError(f"index file {path} is corrupted: sha256 {found} expected {sha256}")
-    return faiss.read_index(str(path))
+    check_file(path, sha256=sha256)
+    if not mapped:
+        return faiss.read_index(str(path))
+    with path.open("rb") as stream:
+        is_flat = stream.read(len(FLAT_FILE)) == FLAT_FILE
+    flags = faiss.IO_FLAG_MMAP_IFC if is_flat else faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
+    index = faiss.read_index(str(path), flags)
+    mark_mapped(index)
+    return index
 
 
-def set_nprobe(index: faiss.Index, nprobe: int) -> None:
-    """Set how many lists a search visits; a flat index has none and takes only 0.
+def write_partial(index: faiss.Index, path: Path) -> str:
+    """Write an index without its coarse quantizer, as `write_index` writes a whole one.
 
-    Raises:
-        ValueError: nprobe is outside 1..nlist, or isn't 0 on a flat index.
-    """
-    if not is_ivf(index):
-        if nprobe:
-            raise ValueError(f"nprobe is {nprobe}, but a flat index has no lists: use 0")
-        return
-    if not 1 <= nprobe <= index.nlist:
-        raise ValueError(f"nprobe is {nprobe}, expected 1 to nlist {index.nlist}")
-    index.nprobe = nprobe
-
-
-def list_sizes(index: faiss.Index) -> Int64Array:
-    """Return how many vectors each list holds: (nlist,) int64, (0,) for a flat index."""
-    if not is_ivf(index):
-        return np.empty(0, dtype=np.int64)
-    lists = _lists(index)
-    return np.fromiter((lists.list_size(number) for number in range(index.nlist)), dtype=np.int64)
-
-
-def stored_ids(index: faiss.Index) -> Int64Array:
-    """Return the ids of all vectors, (ntotal,) int64, in the order they are stored."""
-    if isinstance(index, faiss.IndexIDMap2):
-        ids: Int64Array = faiss.vector_to_array(index.id_map)
-        return ids
-    lists = _lists(index)
-    stored = np.empty(index.ntotal, dtype=np.int64)
-    start = 0
-    for number, size in enumerate(list_sizes(index).tolist()):
-        if size:
-            stored[start : start + size] = faiss.rev_swig_ptr(lists.get_ids(number), size)
-            start += size
-    return stored
-
-
-def is_ivf(index: faiss.Index) -> TypeGuard[faiss.IndexIVF]:
-    """Say whether an index has inverted lists.
-
-    Raises:
-        ValueError: It is neither an IVF index nor a flat one with ids.
-    """
-    if isinstance(index, faiss.IndexIVF):
-        return True
-    if isinstance(index, faiss.IndexIDMap2):
-        return False
-    raise ValueError(f"{type(index).__name__} is not an index made by train_index")
-
-
-def empty_flat(dim: int) -> faiss.Index:
-    """Return an exact index of (0, dim) float32 vectors."""
-    # The factory's IndexFlat comes back from a file as IndexFlatIP, and the two don't merge.
-    inner = faiss.IndexFlatIP(dim)
-    return faiss.IndexIDMap2(inner)  # its Python wrapper keeps inner alive
-
-
-@contextmanager
-def without_vectors(index: Any) -> Iterator[None]:  # noqa: ANN401 - faiss's stubs lack methods
-    """Set aside an IVF index's lists, ntotal and nprobe; cloning would copy every vector.
-
+    A part of a big index is mostly quantizer otherwise. The file ends with the template's hash.
     No other thread may use the index meanwhile.
+
+    Returns:
+        The sha256 (hex) of the file, for `read_partial`.
+
+    Raises:
+        ValueError: The index is mapped from its file.
+        OSError: The folder is missing or the file can't be written or renamed.
     """
-    lists, owned = index.invlists, index.own_invlists
-    ntotal, nprobe = index.ntotal, index.nprobe
-    empty = faiss.ArrayInvertedLists(index.nlist, index.code_size)
-    index.own_invlists = False  # or replace_invlists would free the lists
-    index.replace_invlists(empty, False)
-    index.ntotal, index.nprobe = 0, 1
-    try:
-        yield
-    finally:
-        index.replace_invlists(lists, owned)
-        index.ntotal, index.nprobe = ntotal, nprobe
+    seal = bytes.fromhex(template_hash(index))
+    if not is_ivf(index):
+        return _write(index, path, seal=seal)
+    with without_quantizer(index):
+        return _write(index, path, seal=seal)
+
+
+def read_partial(path: Path, template: faiss.Index, *, sha256: str) -> faiss.Index:
+    """Read a part into memory; it uses the template's coarse quantizer, and keeps it alive.
+
+    Args:
+        path: A file from `write_partial`.
+        template: What the part was filled from.
+        sha256: What `write_partial` returned.
+
+    Raises:
+        ValueError: The file's checksum is another one, or it stems from another template.
+        OSError: The file is missing or unreadable.
+    """
+    check_file(path, sha256=sha256)
+    with path.open("rb") as stream:
+        stream.seek(-hashlib.sha256().digest_size, os.SEEK_END)
+        found = stream.read().hex()
+    expected = template_hash(template)
+    if found != expected:
+        raise ValueError(
+            f"part {path} stems from template {found[:12]}, expected {expected[:12]}: "
+            "fill every part from one trained template"
+        )
+    index = faiss.read_index(str(path))
+    if is_ivf(index):
+        borrow_quantizer(index, template)
+    return index
+
+
+def share_quantizer(first: faiss.Index, others: Sequence[faiss.Index]) -> None:
+    """Let indexes use the coarse quantizer of the first, which stays alive, and free theirs.
+
+    Partitions of one template then cost one quantizer. Their rotations stay: a matrix is small.
+
+    Args:
+        first: An index filled from the same template as the others.
+        others: No other thread uses them meanwhile, and nobody holds their quantizers.
+
+    Raises:
+        ValueError: They stem from different templates, or one is given twice.
+    """
+    check_same_template([first, *others])
+    for other in others if is_ivf(first) else ():
+        borrow_quantizer(other, first)
 
 
 def check_ids(vector_ids: Int64Array, count: int) -> None:
@@ -288,24 +286,17 @@ def check_unique(vector_ids: Int64Array) -> None:
         raise ValueError(f"vector ids: {int(repeated[0])} is repeated ({len(repeated)} repeats)")
 
 
-def _lists(index: faiss.Index) -> faiss.InvertedLists:
-    if not is_ivf(index) or index.invlists is None:
-        raise ValueError("the index has no inverted lists")
-    return index.invlists
+def _write(index: faiss.Index, path: Path, *, seal: bytes) -> str:
+    check_writable(index)
+    clear_padding(index)
+
+    def write(partial: Path) -> None:
+        faiss.write_index(index, str(partial))
+        with partial.open("ab") as stream:
+            stream.write(seal)  # FAISS reads no further than its own end
+
+    return write_file(path, write)
 
 
 def _serialized_sha256(index: faiss.Index) -> str:
     return hashlib.sha256(faiss.serialize_index(index).data).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from indexing.spec import Int64Array
+from indexing.topk import PADDING_ID
 
 Float64Array = npt.NDArray[np.float64]
-PADDING_ID = -1
+MAX_COMPARED = 2**24  # pairs of ids compared at once: 16 MiB
 MAX_DRAWN = 2**22  # queries drawn at once while resampling: 64 MiB with their values
 
 Relevant = str | AbstractSet[str]
@@ -46,11 +47,13 @@ def intersection_at_k(ids: Int64Array, exact_ids: Int64Array, k: int) -> float:
     exact_counts = np.count_nonzero(exact_ids[:, :k] != PADDING_ID, axis=1)
     if not len(exact_counts) or not exact_counts.all():
         raise ValueError("no query, or a query without an exact neighbour: nothing to compare")
-    shared = [
-        np.count_nonzero(np.intersect1d(found[:k], exact[:k]) != PADDING_ID)
-        for found, exact in zip(ids, exact_ids, strict=True)
-    ]
-    return float(np.mean(np.asarray(shared) / exact_counts))
+    step = max(1, MAX_COMPARED // k**2)
+    shared = np.empty(len(ids))
+    for start in range(0, len(ids), step):
+        found, exact = (table[start : start + step, :k] for table in (ids, exact_ids))
+        hits = (exact[:, :, None] == found[:, None, :]).any(axis=2) & (exact != PADDING_ID)
+        shared[start : start + step] = np.count_nonzero(hits, axis=1)
+    return float(np.mean(shared / exact_counts))
 
 
 def recalls_at_k(

@@ -1,47 +1,172 @@
-"""Search an index, search exactly over blocks, and join and group what was found.
+"""Search partitions of an index, search exactly over blocks, and join and group what was found.
 
 Scores are inner products, best first. Where fewer than K neighbours exist, the rest is padded
 as FAISS does it: id -1, score float32's lowest.
+
+How deep a search goes comes with each call and is never set on an index: one opened index
+serves any number of threads, each with its own `SearchPoint`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 
 import faiss
 import numpy as np
 
+from indexing.probe import (
+    Chosen,
+    check_probes,
+    choose,
+    search_codes,
+)
+from indexing.refine import RefineStore
 from indexing.spec import Float32Array, Int64Array, check_unit_rows
+from indexing.topk import PADDING_ID, bar_of, flatten, padding, take_best
 
-PADDING_ID = -1
-PADDING_SCORE = np.finfo(np.float32).min
 MAX_SCORES = 2**24  # scores in memory at once while searching exactly: 64 MiB
+MAX_COMPARED = 4096  # ids to search among that are compared one by one, where refine allows it
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchPoint:
+    """Say how deep a search goes.
+
+    Attributes:
+        nprobe: How many lists of a partition are visited; 0 on a flat index.
+        ef_search: How many candidates the HNSW graph over the lists keeps; 0 where the lists
+            are compared one by one.
+        rerank: How many candidates a partition scores again with its refine store; 0: none.
+    """
+
+    nprobe: int
+    ef_search: int = 0
+    rerank: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a negative number.
+
+        Raises:
+            ValueError: As the first line says.
+        """
+        if min(self.nprobe, self.ef_search, self.rerank) < 0:
+            raise ValueError(f"{self}: none of its numbers may be negative")
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Hold a range of the vector ids: their codes and, where there is one, their refine store."""
+
+    index: faiss.Index
+    refine: RefineStore | None = None
 
 
 def search_index(
-    index: faiss.Index, queries: Float32Array, k: int
+    index: faiss.Index,
+    queries: Float32Array,
+    k: int,
+    point: SearchPoint,
+    *,
+    only: Int64Array | None = None,
 ) -> tuple[Float32Array, Int64Array]:
-    """Find the k best vectors of an index for every query.
+    """Find the k best vectors of an index for every query, by their codes alone.
+
+    Scores are what FAISS makes of the codes: exact on a flat index and where lists hold whole
+    vectors, approximate elsewhere.
 
     Args:
-        index: A trained index; see `indexing.build.set_nprobe`.
+        index: A trained index.
         queries: (Q, D) float32 unit rows.
         k: K >= 1.
+        point: Where to look; without rerank.
+        only: As in `search_partitions`.
 
     Returns:
-        Scores (Q, K) float32, best first, and ids (Q, K) int64; -1 pads the ids.
+        Scores (Q, K) float32, best first, and ids (Q, K) int64, padded with -1.
 
     Raises:
-        ValueError: k < 1, or a query is of another D, not finite or not of unit length.
+        ValueError: As `search_partitions`.
+    """
+    return search_partition(Partition(index), queries, k, point, only=only)
+
+
+def search_partition(
+    partition: Partition,
+    queries: Float32Array,
+    k: int,
+    point: SearchPoint,
+    *,
+    only: Int64Array | None = None,
+) -> tuple[Float32Array, Int64Array]:
+    """Find the k best vectors of one partition for every query; see `search_partitions`."""
+    return search_partitions([partition], queries, k, point, only=only)
+
+
+def search_partitions(
+    partitions: Sequence[Partition],
+    queries: Float32Array,
+    k: int,
+    point: SearchPoint,
+    *,
+    only: Int64Array | None = None,
+    pool: ThreadPoolExecutor | None = None,
+) -> tuple[Float32Array, Int64Array]:
+    """Find the k best vectors of all partitions for every query.
+
+    With point.rerank each partition takes its max(k, rerank) best by their codes and scores them
+    again with its refine store.
+
+    With `only`, probing goes on in more lists, since a list holds fewer vectors that count; up to
+    4,096 ids are compared one by one with the refine store, where there is one: exact, and
+    cheaper than any list.
+
+    Args:
+        partitions: At least one; no id is in two of them.
+        queries: (Q, D) float32 unit rows.
+        k: K >= 1.
+        point: How deep each partition is searched.
+        only: (M,) int64, rising: the ids that may be found. Those that no partition has are no
+            error; None: all ids.
+        pool: Threads that search a partition each (`search_pool`); None: one after the other.
+
+    Returns:
+        Scores (Q, K) float32, best first, and ids (Q, K) int64, padded with -1.
+
+    Raises:
+        ValueError: There is no partition, partitions differ in D, k < 1, a query is of another
+            D, not finite or not of unit length, the point doesn't fit the indexes, it re-ranks
+            where there is no refine store, or `only` isn't int64 and rising.
     """
     _check_k(k)
-    check_unit_rows(queries, dim=index.d, name="queries")
-    scores, ids = index.search(queries, k)
-    return scores, ids
+    dims = {partition.index.d for partition in partitions}
+    if len(dims) != 1:
+        raise ValueError(f"{len(partitions)} partitions of dimensions {sorted(dims)}: expected one")
+    check_unit_rows(queries, dim=dims.pop(), name="queries")
+    total = sum(partition.index.ntotal for partition in partitions)
+    chosen = None if only is None else choose(only, total)
+    search = partial(_search_one, queries=queries, k=k, point=point, chosen=chosen)
+    parts = list(map(search, partitions) if pool is None else pool.map(search, partitions))
+    return parts[0] if len(parts) == 1 else merge_topk(parts, k)
+
+
+def search_pool(threads: int) -> ThreadPoolExecutor:
+    """Return threads to search partitions with; each searches on one core.
+
+    A new thread doesn't inherit what `faiss.omp_set_num_threads` set elsewhere: left alone, each
+    would start as many OpenMP threads as there are cores.
+    """
+    return ThreadPoolExecutor(threads, "search", faiss.omp_set_num_threads, (1,))
 
 
 def search_exact(
-    queries: Float32Array, blocks: Iterable[tuple[Int64Array, Float32Array]], k: int
+    queries: Float32Array,
+    blocks: Iterable[tuple[Int64Array, Float32Array]],
+    k: int,
+    *,
+    exclude: Int64Array | None = None,
 ) -> tuple[Float32Array, Int64Array]:
     """Find the k best vectors for every query by comparing with all of them.
 
@@ -53,6 +178,8 @@ def search_exact(
         blocks: Pairs of ids (N,) int64 and vectors (N, D) float32 unit rows; read once, one
             at a time. No id may come twice.
         k: K >= 1.
+        exclude: (Q,) int64, for each query the id that it must not find: its own, where it
+            comes from the blocks itself; -1 excludes nothing.
 
     Returns:
         Scores (Q, K) float32, best first, and ids (Q, K) int64, padded with -1.
@@ -66,7 +193,9 @@ def search_exact(
         raise ValueError(f"queries: shape is {queries.shape}, expected (Q, D)")
     dim = queries.shape[1]
     check_unit_rows(queries, dim=dim, name="queries")
-    best_scores, best_ids = _padding(len(queries), k)
+    if exclude is not None:
+        check_excluded(exclude, len(queries))
+    best_scores, best_ids = padding(len(queries), k)
     slice_rows = max(1, MAX_SCORES // max(1, len(queries)))
     for ids, vectors in blocks:
         check_unit_rows(vectors, dim=dim, name="block")
@@ -74,10 +203,12 @@ def search_exact(
             raise ValueError(f"block: {len(vectors)} vectors but ids of shape {ids.shape}")
         for start in range(0, len(vectors), slice_rows):
             scores = queries @ vectors[start : start + slice_rows].T
-            rows, columns = np.nonzero(scores >= _bar(scores, best_scores)[:, None])
+            if exclude is not None:
+                _exclude(scores, ids[start : start + slice_rows], exclude)
+            rows, columns = np.nonzero(scores >= bar_of(scores, best_scores)[:, None])
             found = (rows, scores[rows, columns], ids[start:][columns])
-            best_scores, best_ids = _take_best(
-                [_flatten(best_scores, best_ids), found], len(queries), k
+            best_scores, best_ids = take_best(
+                [flatten(best_scores, best_ids, k), found], len(queries), k
             )
     return best_scores, best_ids
 
@@ -96,7 +227,8 @@ def merge_topk(
         Scores (Q, K) float32, best first, equal ones by the smaller id; ids (Q, K) int64.
 
     Raises:
-        ValueError: There are no parts, shapes disagree, k < 1, or an id came twice.
+        ValueError: There are no parts, shapes disagree, k < 1, or an id came twice among a
+            query's best.
     """
     _check_k(k)
     if not parts:
@@ -107,7 +239,7 @@ def merge_topk(
             raise ValueError(
                 f"results of shapes {scores.shape} and {ids.shape}, expected ({n_queries}, K)"
             )
-    return _take_best([_flatten(scores, ids) for scores, ids in parts], n_queries, k)
+    return take_best([flatten(scores, ids, k) for scores, ids in parts], n_queries, k)
 
 
 def group_by_product(
@@ -143,7 +275,16 @@ def group_by_product(
     return list(best.values())
 
 
-_Candidates = tuple[Int64Array, Float32Array, Int64Array]  # query numbers, scores, ids: all (C,)
+def check_excluded(exclude: Int64Array, n_queries: int) -> None:
+    """Refuse excluded ids that aren't one int64 a query.
+
+    Raises:
+        ValueError: As the first line says.
+    """
+    if exclude.shape != (n_queries,) or exclude.dtype != np.int64:
+        raise ValueError(
+            f"exclude: {exclude.dtype} of shape {exclude.shape}, expected int64 ({n_queries},)"
+        )
 
 
 def _check_k(k: int) -> None:
@@ -151,45 +292,45 @@ def _check_k(k: int) -> None:
         raise ValueError(f"k is {k}: at least 1 is needed")
 
 
-def _padding(n_queries: int, k: int) -> tuple[Float32Array, Int64Array]:
-    scores = np.full((n_queries, k), PADDING_SCORE, dtype=np.float32)
-    return scores, np.full((n_queries, k), PADDING_ID, dtype=np.int64)
-
-
-def _bar(scores: Float32Array, best_scores: Float32Array) -> Float32Array:
-    """Return (Q,) scores under which nothing can be among the best: few pass it."""
-    k = best_scores.shape[1]
-    bar = best_scores[:, -1]
-    unfilled = bar == PADDING_SCORE
-    if scores.shape[1] > k and unfilled.any():
-        bar = bar.copy()
-        bar[unfilled] = np.partition(scores[unfilled], -k, axis=1)[:, -k]
-    return bar
-
-
-def _flatten(scores: Float32Array, ids: Int64Array) -> _Candidates:
-    rows, columns = np.nonzero(ids != PADDING_ID)
-    return rows, scores[rows, columns], ids[rows, columns]
-
-
-def _take_best(
-    candidates: Sequence[_Candidates], n_queries: int, k: int
+def _search_one(
+    partition: Partition,
+    queries: Float32Array,
+    k: int,
+    point: SearchPoint,
+    chosen: Chosen | None,
 ) -> tuple[Float32Array, Int64Array]:
-    rows, scores, ids = (np.concatenate(column) for column in zip(*candidates, strict=True))
-    order = np.lexsort((ids, -scores, rows))
-    rows = rows[order]
-    rank = np.arange(len(rows)) - np.searchsorted(rows, rows)
-    kept = rank < k
-    best_scores, best_ids = _padding(n_queries, k)
-    best_scores[rows[kept], rank[kept]] = scores[order][kept]
-    best_ids[rows[kept], rank[kept]] = ids[order][kept]
-    _refuse_repeats(best_ids)
-    return best_scores, best_ids
+    index, refine = partition.index, partition.refine
+    check_probes(index, point.nprobe, point.ef_search)
+    if point.rerank and refine is None:
+        raise ValueError(f"rerank is {point.rerank}, but there is no refine store: use 0")
+    if refine is not None and chosen and len(chosen.ids) <= MAX_COMPARED:
+        return _compare(refine, queries, k, chosen.ids)
+    depth = max(k, point.rerank)
+    scores, ids = search_codes(index, queries, depth, point.nprobe, point.ef_search, chosen)
+    if refine is None or not point.rerank:
+        return scores, ids
+    return merge_topk([(refine.scores(queries, ids), ids)], k)
 
 
-def _refuse_repeats(ids: Int64Array) -> None:
-    ordered = np.sort(ids, axis=1)
-    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != PADDING_ID)
-    if repeated.any():
-        example = int(ordered[:, 1:][repeated][0])
-        raise ValueError(f"vector id {example} came twice for one query: the parts overlap")
+def _compare(
+    refine: RefineStore, queries: Float32Array, k: int, only: Int64Array
+) -> tuple[Float32Array, Int64Array]:
+    """Find the k best among a few ids by comparing with every one that the store has."""
+    first, past = (np.searchsorted(refine.ids, only, side) for side in ("left", "right"))
+    there = only[first < past]
+    step = max(1, MAX_SCORES // max(1, len(there)))
+    found = []
+    for start in range(0, max(1, len(queries)), step):
+        block = queries[start : start + step]
+        ids = np.broadcast_to(there, (len(block), len(there)))
+        found.append(merge_topk([(refine.scores(block, ids), ids)], k))
+    scores, ids = (np.concatenate(column) for column in zip(*found, strict=True))
+    return scores, ids
+
+
+def _exclude(scores: Float32Array, ids: Int64Array, exclude: Int64Array) -> None:
+    """Set scores (Q, N) of each query's excluded id to -inf, under any bar, in place."""
+    columns = np.flatnonzero(np.isin(ids, exclude))
+    if len(columns):
+        rows, places = np.nonzero(ids[columns] == exclude[:, None])
+        scores[rows, columns[places]] = -np.inf

@@ -1,4 +1,4 @@
-"""What an index is made of, how a catalog's size decides it, and which rows it takes.
+"""What an index is made of, as a typed spec: its FAISS factory string, its bytes, its cost.
 
 Letters used in shapes across this package: N rows, Q queries, K neighbours, D dimension.
 Vectors are float32 rows of unit length; similarity is the inner product; ids are int64.
@@ -6,173 +6,331 @@ Vectors are float32 rows of unit length; similarity is the inner product; ids ar
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal, NoReturn, get_args
 
-import numpy as np
-import numpy.typing as npt
+from indexing import estimate
+from indexing.vectors import Float32Array as Float32Array
+from indexing.vectors import Int64Array as Int64Array
+from indexing.vectors import check_unit_rows as check_unit_rows
 
-Float32Array = npt.NDArray[np.float32]
-Int64Array = npt.NDArray[np.int64]
+Rotation = Literal["none", "pca", "opq"]
+Coarse = Literal["flat", "hnsw"]
+Codec = Literal["flat", "fp16", "sq8", "sq6", "sq4", "pq", "pqfs", "rabitq", "rabitqfs"]
+Refine = Literal["none", "fp16", "sq8"]
 
-FLAT_BELOW_ROWS = 1_000
 TRAINING_ROWS_PER_CENTROID = 39  # FAISS's ClusteringParameters.min_points_per_centroid
 MAX_PQ_NBITS = 8  # IndexIVFPQ has no search kernel for longer codes
+FASTSCAN_NBITS = 4
+HNSW_LINKS = 32
 ID_BYTES = 8
-NORM_TOLERANCE = 1e-3  # rounding a unit row to float16 moves its length by up to 2**-11
+
+_ROTATION = re.compile(
+    r"PCAR?(?P<pca>[1-9][0-9]*)|OPQ(?P<opq_m>[1-9][0-9]*)(?:_(?P<opq>[1-9][0-9]*))?"
+)
+_LISTS = re.compile(r"IVF(?P<nlist>[1-9][0-9]*)(?P<hnsw>_HNSW(?P<links>[0-9]*))?")
+_PQ = re.compile(r"PQ(?P<m>[1-9][0-9]*)(?:x(?P<nbits>[1-9][0-9]*))?(?P<kind>fs|np)?")
+_CODECS: Mapping[str, Codec] = {
+    "Flat": "flat",
+    "SQfp16": "fp16",
+    "SQ8": "sq8",
+    "SQ6": "sq6",
+    "SQ4": "sq4",
+    "RaBitQ": "rabitq",
+    "RaBitQfs": "rabitqfs",
+}
+_CODEC_NAMES: Mapping[Codec, str] = {codec: name for name, codec in _CODECS.items()}
+_REFINES: Mapping[str, Refine] = {"Refine(SQfp16)": "fp16", "Refine(SQ8)": "sq8"}
+_REFINE_NAMES: Mapping[Refine, str] = {refine: name for name, refine in _REFINES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexSpec:
-    """Describe a FAISS index: flat, IVF-Flat or IVF-PQ, all with inner product.
+    """Describe a FAISS index by inner product: flat, or IVF with any codec and re-rank store.
+
+    Equal indexes compare equal: what 0 stands for in `rotated_dim` and `pq_nbits` is filled in.
 
     Attributes:
         dim: D, the length of every vector, > 0.
-        nlist: How many inverted lists; 0: none, search is exhaustive.
-        pq_m: How many sub-quantizers, a divisor of dim; 0: vectors are stored whole.
-        pq_nbits: Bits a sub-quantizer, 1 to 8; without pq_m it has no effect.
+        nlist: How many inverted lists; 0: none, search is exhaustive and the rest is default.
+        coarse: What finds the lists nearest to a vector: all centroids, or an HNSW graph.
+        rotation: What is applied first: nothing, PCA followed by a random rotation (which
+            spreads the variance over all dimensions), or OPQ (needs a PQ codec).
+        rotated_dim: Dimensions after the rotation, at most dim; 0: dim.
+        codec: How a vector is stored in its list: whole, as float16, scalar quantized to 8, 6
+            or 4 bits a dimension, PQ, 4-bit FastScan PQ, or RaBitQ, plain or FastScan.
+        pq_m: How many sub-quantizers, a divisor of the rotated dimension; 0: codec isn't PQ.
+        pq_nbits: Bits a sub-quantizer: 1 to 8 for pq, 4 for pqfs; 0: 8 for pq, 4 for pqfs.
+        refine: What whole vectors are kept as beside the index, to re-rank with.
     """
 
     __pydantic_config__: ClassVar[Mapping[str, str]] = {"extra": "forbid"}
 
     dim: int
     nlist: int = 0
+    coarse: Coarse = "flat"
+    rotation: Rotation = "none"
+    rotated_dim: int = 0
+    codec: Codec = "flat"
     pq_m: int = 0
-    pq_nbits: int = 8
+    pq_nbits: int = 0
+    refine: Refine = "none"
 
     def __post_init__(self) -> None:
-        """Refuse combinations that FAISS can't build.
+        """Fill in what 0 stands for, and refuse what FAISS can't build or would waste.
 
         Raises:
-            ValueError: A number is out of range, pq_m doesn't divide dim, or PQ lacks nlist.
+            ValueError: A number is out of range, or two settings exclude each other.
         """
+        self._check_ranges()
+        if not self.nlist:
+            self._check_flat()
+        self._check_rotation()
+        if self.rotation != "none" and not self.rotated_dim:
+            object.__setattr__(self, "rotated_dim", self.dim)
+        if self.codec in ("pq", "pqfs") and not self.pq_nbits:
+            own = FASTSCAN_NBITS if self.codec == "pqfs" else MAX_PQ_NBITS
+            object.__setattr__(self, "pq_nbits", own)
+        self._check_pq()
+
+    def _check_ranges(self) -> None:
         if self.dim < 1:
             raise ValueError(f"dim is {self.dim}: at least 1 is needed")
-        if self.nlist < 0:
-            raise ValueError(f"nlist is {self.nlist}: 0 (no lists) or more is needed")
-        if self.pq_m < 0:
-            raise ValueError(f"pq_m is {self.pq_m}: 0 (no PQ) or more is needed")
-        if not 1 <= self.pq_nbits <= MAX_PQ_NBITS:
+        for name in ("nlist", "rotated_dim", "pq_m", "pq_nbits"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: 0 or more is needed")
+        kinds = {"coarse": Coarse, "rotation": Rotation, "codec": Codec, "refine": Refine}
+        for name, kind in kinds.items():
+            if getattr(self, name) not in get_args(kind):
+                known = ", ".join(get_args(kind))
+                raise ValueError(f"{name} is {getattr(self, name)!r}: one of {known} is needed")
+
+    def _check_flat(self) -> None:
+        defaults = {"coarse": "flat", "rotation": "none", "codec": "flat", "refine": "none"}
+        for name, default in defaults.items():
+            found = getattr(self, name)
+            if found != default:
+                raise ValueError(f"{name} is {found} without lists: set nlist, or {name} {default}")
+
+    def _check_rotation(self) -> None:
+        if self.rotation == "none" and self.rotated_dim:
+            raise ValueError(f"rotated_dim is {self.rotated_dim} without a rotation: set rotation")
+        if self.rotated_dim > self.dim:
+            raise ValueError(f"rotated_dim is {self.rotated_dim}, more than dim {self.dim}")
+        if self.rotation == "opq" and self.codec not in ("pq", "pqfs"):
+            raise ValueError(
+                f"rotation is opq with codec {self.codec}: OPQ is learned for PQ codes, "
+                "set codec to pq or pqfs, or rotation to pca"
+            )
+
+    def _check_pq(self) -> None:
+        if self.codec not in ("pq", "pqfs"):
+            for name in ("pq_m", "pq_nbits"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)} with codec {self.codec}: set codec to "
+                        f"pq or pqfs, or {name} to 0"
+                    )
+            return
+        if not self.pq_m:
+            raise ValueError(f"codec is {self.codec} without pq_m: set pq_m, codes a vector")
+        if self.inner_dim % self.pq_m:
+            whose = "dim" if self.rotation == "none" else "rotated_dim"
+            raise ValueError(f"pq_m {self.pq_m} does not divide {whose} {self.inner_dim}")
+        if self.codec == "pqfs" and self.pq_nbits != FASTSCAN_NBITS:
+            raise ValueError(f"pq_nbits is {self.pq_nbits}: FastScan codes have {FASTSCAN_NBITS}")
+        if self.pq_nbits > MAX_PQ_NBITS:
             raise ValueError(f"pq_nbits is {self.pq_nbits}: 1 to {MAX_PQ_NBITS} is needed")
-        if self.pq_m and not self.nlist:
-            raise ValueError(f"pq_m is {self.pq_m} without lists: set nlist, or set pq_m to 0")
-        if self.pq_m and self.dim % self.pq_m:
-            raise ValueError(f"pq_m {self.pq_m} does not divide dim {self.dim}")
+
+    @classmethod
+    def parse(cls, factory: str, dim: int) -> IndexSpec:
+        """Read a FAISS factory string, of the kinds that `factory` prints.
+
+        'PCA64' is read as 'PCAR64', and 'PQ16' as 'PQ16np': polysemous codes are never trained.
+
+        Args:
+            factory: Such as 'Flat' or 'PCAR256,IVF1024_HNSW32,PQ128x4fs,Refine(SQ8)'.
+            dim: D, the length of every vector.
+
+        Raises:
+            ValueError: A part isn't understood, or together they are impossible.
+        """
+        parts = factory.replace(" ", "").split(",")
+        if parts == ["Flat"]:
+            return cls(dim=dim)
+        fields: dict[str, Any] = {}
+        if rotation := _ROTATION.fullmatch(parts[0]):
+            fields |= _parse_rotation(rotation)
+            del parts[0]
+        found = dict(enumerate(parts))
+        fields |= _parse_lists(factory, found.get(0, ""))
+        fields |= _parse_codec(factory, found.get(1, ""))
+        if len(parts) > 2:
+            if parts[2] not in _REFINES or len(parts) > 3:
+                _refuse(factory, ",".join(parts[2:]), f"nothing, {' or '.join(_REFINES)}")
+            fields["refine"] = _REFINES[parts[2]]
+        opq_m = fields.pop("opq_m", None)
+        if opq_m not in (None, fields.get("pq_m", opq_m)):
+            raise ValueError(f"index {factory!r}: OPQ{opq_m} is learned for another PQ")
+        return cls(dim=dim, **fields)
+
+    @classmethod
+    def for_catalog(
+        cls,
+        ntotal: int,
+        dim: int,
+        *,
+        memory_budget_bytes: int | None = None,
+        target_intersection: float = 0.95,
+    ) -> tuple[IndexSpec, list[str]]:
+        """Choose an index for a catalog of a given size; see `indexing.choose.choose_spec`.
+
+        Raises:
+            ValueError: A number is out of range, or nothing fits the budget.
+        """
+        from indexing.choose import choose_spec  # which needs this class
+
+        return choose_spec(
+            ntotal,
+            dim,
+            memory_budget_bytes=memory_budget_bytes,
+            target_intersection=target_intersection,
+        )
 
     @property
     def factory(self) -> str:
-        """Return the FAISS factory string, e.g. 'Flat', 'IVF64,Flat', 'IVF512,PQ128np'.
+        """Return the factory string of the whole, e.g. 'IVF64,PQ8np,Refine(SQ8)'."""
+        refine = f",{_REFINE_NAMES[self.refine]}" if self.refine != "none" else ""
+        return self.base_factory + refine
+
+    @property
+    def base_factory(self) -> str:
+        """Return what FAISS builds: the factory string without the re-rank store.
 
         'np' turns off polysemous training, which FAISS does by default: it makes training
         several times slower for codes that are never used here.
         """
         if not self.nlist:
             return "Flat"
-        if not self.pq_m:
-            return f"IVF{self.nlist},Flat"
-        nbits = "" if self.pq_nbits == 8 else f"x{self.pq_nbits}"
-        return f"IVF{self.nlist},PQ{self.pq_m}{nbits}np"
+        lists = f"IVF{self.nlist}" + (f"_HNSW{HNSW_LINKS}" if self.coarse == "hnsw" else "")
+        rotations = {
+            "none": "",
+            "pca": f"PCAR{self.rotated_dim},",
+            "opq": f"OPQ{self.pq_m}_{self.rotated_dim},",
+        }
+        nbits = "" if self.pq_nbits == MAX_PQ_NBITS else f"x{self.pq_nbits}"
+        codecs = {
+            **_CODEC_NAMES,
+            "pq": f"PQ{self.pq_m}{nbits}np",
+            "pqfs": f"PQ{self.pq_m}x{FASTSCAN_NBITS}fs",
+        }
+        return f"{rotations[self.rotation]}{lists},{codecs[self.codec]}"
+
+    @property
+    def inner_dim(self) -> int:
+        """Return the dimension after the rotation."""
+        return self.rotated_dim or self.dim
+
+    @property
+    def code_bytes(self) -> int:
+        """Return the bytes of one code, as FAISS's code_size; FastScan's stand in blocks."""
+        bits: dict[Codec, int] = {
+            "flat": 32 * self.inner_dim,
+            "fp16": 16 * self.inner_dim,
+            "sq8": 8 * self.inner_dim,
+            "sq6": 6 * self.inner_dim,
+            "sq4": 4 * self.inner_dim,
+            "pq": self.pq_m * self.pq_nbits,
+            "pqfs": (self.pq_m + self.pq_m % 2) * FASTSCAN_NBITS,
+            "rabitq": self.inner_dim + 64,
+            "rabitqfs": self.inner_dim + 64,
+        }
+        return (bits[self.codec] + 7) // 8
 
     @property
     def bytes_per_vector(self) -> int:
         """Return the bytes one vector takes in the index file: its code and its 8-byte id."""
-        if not self.pq_m:
-            return 4 * self.dim + ID_BYTES
-        return (self.pq_m * self.pq_nbits + 7) // 8 + ID_BYTES
+        return self.code_bytes + ID_BYTES
+
+    @property
+    def refine_bytes_per_vector(self) -> int:
+        """Return the bytes one vector takes in the re-rank store, on disk; 0 without one.
+
+        A float16 row, or 8 bits a dimension and a float32 scale; and its 8-byte id.
+        """
+        code = {"none": -ID_BYTES, "fp16": 2 * self.dim, "sq8": self.dim + 4}
+        return code[self.refine] + ID_BYTES
+
+    @property
+    def is_fastscan(self) -> bool:
+        """Say whether codes stand in blocks of 32, which are always read into memory."""
+        return self.codec in ("pqfs", "rabitqfs")
+
+    @property
+    def is_mappable(self) -> bool:
+        """Say whether FAISS can leave the lists on disk, and map them into memory."""
+        return self.nlist > 0 and not self.is_fastscan
 
     @property
     def min_training_rows(self) -> int:
-        """Return the fewest training rows: 39 a centroid, as FAISS asks; 0 for flat."""
+        """Return the fewest training rows; 0 for flat.
+
+        39 for each centroid, of lists, PQ and OPQ, as FAISS asks; for PCA as many as dim.
+        """
         if not self.nlist:
             return 0
-        pq_centroids = 2**self.pq_nbits if self.pq_m else 0
-        return TRAINING_ROWS_PER_CENTROID * max(self.nlist, pq_centroids)
-
-    @classmethod
-    def for_catalog(cls, ntotal: int, dim: int) -> tuple[IndexSpec, list[str]]:
-        """Choose an index for a catalog of a given size.
-
-        Args:
-            ntotal: How many vectors the index will hold.
-            dim: D, the length of every vector.
-
-        Returns:
-            The spec, which ntotal rows are enough to train, and one sentence a decision.
-
-        Raises:
-            ValueError: ntotal is negative, or dim < 1.
-        """
-        if ntotal < 0:
-            raise ValueError(f"ntotal is {ntotal}: 0 or more is needed")
-        if ntotal < FLAT_BELOW_ROWS:
-            why = f"No lists: exhaustive search over {ntotal:,} vectors is exact and fast enough."
-            return cls(dim=dim), [why]
-        nlist, why_nlist = _choose_nlist(ntotal)
-        pq_floor = TRAINING_ROWS_PER_CENTROID * 2**MAX_PQ_NBITS
-        if ntotal < pq_floor:
-            why = f"Whole vectors: training PQ takes {pq_floor:,} rows, there are {ntotal:,}."
-            return cls(dim=dim, nlist=nlist), [why_nlist, why]
-        dsub = _choose_dsub(dim)
-        spec = cls(dim=dim, nlist=nlist, pq_m=dim // dsub)
-        why = (
-            f"PQ with {spec.pq_m} one-byte codes of {dsub} dimensions each: "
-            f"{4 * dim / spec.pq_m:.3g} times smaller than float32, and fine enough to rank "
-            "by the codes alone."
+        centroids = max(
+            self.nlist,
+            2**self.pq_nbits if self.pq_m else 0,
+            estimate.OPQ_CENTROIDS if self.rotation == "opq" else 0,
         )
-        return spec, [why_nlist, why]
+        pca_rows = self.dim if self.rotation == "pca" else 0
+        return max(TRAINING_ROWS_PER_CENTROID * centroids, pca_rows)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Return the bytes of memory of an empty index; see `indexing.estimate.fixed_bytes`."""
+        return estimate.fixed_bytes(self)
+
+    def memory_bytes(self, ntotal: int) -> int:
+        """Return the most memory it takes; see `indexing.estimate.memory_bytes`."""
+        return estimate.memory_bytes(self, ntotal)
+
+    def training_bytes(self, rows: int) -> int:
+        """Return about what training takes; see `indexing.estimate.training_bytes`."""
+        return estimate.training_bytes(self, rows)
+
+    def training_gflops(self, rows: int) -> float:
+        """Return about what training takes; see `indexing.estimate.training_gflops`."""
+        return estimate.training_gflops(self, rows)
 
 
-def check_unit_rows(rows: Float32Array, *, dim: int, name: str) -> None:
-    """Refuse rows that an index would take without a word and then answer wrongly from.
-
-    Args:
-        rows: (N, D) float32; N may be 0.
-        dim: The D that is expected.
-        name: What the rows are, for the message.
-
-    Raises:
-        ValueError: The shape or dtype is wrong, or a row holds NaN or Inf or isn't of unit
-            length (within 1e-3, which float16 rounding stays under).
-    """
-    if rows.ndim != 2 or rows.shape[1] != dim:
-        raise ValueError(f"{name}: shape is {rows.shape}, expected (N, {dim})")
-    if rows.dtype != np.float32:
-        raise ValueError(f"{name}: dtype is {rows.dtype}, expected float32")
-    norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
-    _refuse_rows(~np.isfinite(norms), f"{name}: a row holds NaN or Inf")
-    off_unit = np.abs(norms - 1.0) > NORM_TOLERANCE
-    _refuse_rows(off_unit, f"{name}: a row is not of unit length")
+def _parse_rotation(found: re.Match[str]) -> dict[str, Any]:
+    if found["pca"]:
+        return {"rotation": "pca", "rotated_dim": int(found["pca"])}
+    rotated_dim = int(found["opq"] or 0)
+    return {"rotation": "opq", "rotated_dim": rotated_dim, "opq_m": int(found["opq_m"])}
 
 
-def _refuse_rows(bad: npt.NDArray[np.bool_], fault: str) -> None:
-    if bad.any():
-        count = int(np.count_nonzero(bad))
-        raise ValueError(f"{fault} ({count} of {len(bad)} rows, first row {int(bad.argmax())})")
+def _parse_lists(factory: str, part: str) -> dict[str, Any]:
+    found = _LISTS.fullmatch(part)
+    if not found or found["links"] not in (None, "", str(HNSW_LINKS)):
+        _refuse(factory, part, f"IVF1024 or IVF1024_HNSW{HNSW_LINKS}, PCAR64 or OPQ16_64 before it")
+    return {"nlist": int(found["nlist"]), "coarse": "hnsw" if found["hnsw"] else "flat"}
 
 
-def _choose_nlist(ntotal: int) -> tuple[int, str]:
-    """Return nlist for ntotal >= 1,000 vectors, and why.
-
-    The steps from a million rows on are those of FAISS's and autofaiss's guidelines.
-    """
-    if ntotal >= 300_000_000:
-        return 131_072, "131,072 lists: the step for 300 million vectors and more."
-    if ntotal >= 10_000_000:
-        return 65_536, "65,536 lists: the step for 10 to 300 million vectors."
-    if ntotal >= 1_000_000:
-        return 16_384, "16,384 lists: the step for 1 to 10 million vectors."
-    wanted = int(2 ** round(math.log2(4 * math.sqrt(ntotal))))
-    trainable = int(2 ** math.floor(math.log2(ntotal / TRAINING_ROWS_PER_CENTROID)))
-    if wanted <= trainable:
-        return wanted, f"{wanted} lists: the power of two nearest to 4 * sqrt({ntotal:,})."
-    why = f"{trainable} lists: the largest power of two that {ntotal:,} rows can train."
-    return trainable, why
+def _parse_codec(factory: str, part: str) -> dict[str, Any]:
+    if part in _CODECS:
+        return {"codec": _CODECS[part]}
+    found = _PQ.fullmatch(part)
+    if not found:
+        _refuse(factory, part, f"{', '.join(_CODECS)}, PQ16np, PQ16x6np or PQ16x4fs")
+    codec = "pqfs" if found["kind"] == "fs" else "pq"
+    nbits = int(found["nbits"] or MAX_PQ_NBITS)
+    return {"codec": codec, "pq_m": int(found["m"]), "pq_nbits": nbits}
 
 
-def _choose_dsub(dim: int) -> int:
-    """Return the divisor of dim nearest to 2; the smaller of two, which keeps more."""
-    if dim < 1:
-        raise ValueError(f"dim is {dim}: at least 1 is needed")
-    return min((dsub for dsub in (2, 1, 3) if dim % dsub == 0), key=lambda dsub: abs(dsub - 2))
+def _refuse(factory: str, part: str, understood: str) -> NoReturn:
+    raise ValueError(f"index {factory!r}: found {part!r}, understood here: {understood}")

@@ -7,47 +7,30 @@ rows with the same quantizers. What ages is their fit to the catalog: see `index
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import faiss
 import numpy as np
 import numpy.typing as npt
 
-from indexing.build import (
-    check_ids,
-    check_same_template,
-    check_unique,
-    empty_flat,
+from indexing.anatomy import (
+    bounds,
+    check_writable,
     is_ivf,
-    move_vectors,
+    ivf_of,
+    keep_range,
+    remove_selected,
+    rotate,
     stored_ids,
-    without_vectors,
 )
-from indexing.spec import Float32Array, Int64Array, check_unit_rows
+from indexing.anatomy import empty_clone as empty_clone
+from indexing.build import check_ids, check_same_template, check_unique, move_vectors
+from indexing.vectors import Float32Array, Int64Array, check_unit_rows
 
 # FAISS keeps the ids to remove in a hash set of some 50 bytes an id: 200 MiB at once.
 REMOVED_AT_ONCE = 2**22
 COMPARED_AT_ONCE = 2**20  # stored ids looked up at once: 8 MiB, and as much again
 VALUES_AT_ONCE = 2**22  # values decoded at once: 16 MiB, a few times over
-
-
-def empty_clone(index: faiss.Index) -> faiss.Index:
-    """Return the template that an index was filled from: its quantizers and no vectors.
-
-    No vector is copied, and the index is left as it was; no other thread may use it meanwhile.
-
-    Args:
-        index: An index of `indexing.build`, empty or filled.
-
-    Returns:
-        An index with ntotal == 0, nprobe 1 and the same `template_hash`, for `add_vectors`.
-
-    Raises:
-        ValueError: The index is neither an IVF index nor a flat one with ids.
-    """
-    if not is_ivf(index):
-        return empty_flat(index.d)
-    with without_vectors(index):
-        return faiss.clone_index(index)
 
 
 def remove_vectors(index: faiss.Index, vector_ids: Int64Array) -> None:
@@ -61,16 +44,22 @@ def remove_vectors(index: faiss.Index, vector_ids: Int64Array) -> None:
         vector_ids: (N,) int64, unique, each in the index; N may be 0.
 
     Raises:
-        ValueError: An id is repeated, negative or not in the index, or the array is of another
-            shape or dtype.
+        ValueError: An id is repeated, negative or not in the index, the array is of another
+            shape or dtype, or the index is mapped from its file.
     """
+    check_writable(index)
     check_ids(vector_ids, vector_ids.size)
     _mark_removed(stored_ids(index), vector_ids)
     _remove(index, vector_ids)
 
 
 def update_index(
-    base: faiss.Index, removed: Int64Array, parts: Sequence[faiss.Index]
+    base: faiss.Index,
+    removed: Int64Array,
+    parts: Sequence[faiss.Index],
+    *,
+    low: int | None = None,
+    high: int | None = None,
 ) -> faiss.Index:
     """Remove vectors from an index and move new ones into it, **in place**.
 
@@ -80,32 +69,41 @@ def update_index(
     indexes: 24 bytes a vector for a while, to compare the ids.
 
     Args:
-        base: The index to update; its nprobe stays.
+        base: The index to update, in memory; its nprobe stays.
         removed: (N,) int64, unique, each in base. The id of a changed vector is here, and in a
             part with its new vector.
         parts: Clones of base's template (`empty_clone`), filled by `add_vectors`; may be none.
+        low: Ids under it are dropped, from base and from the parts; None: none are.
+        high: Ids from it on are dropped likewise.
 
     Returns:
         base, holding its own vectors without the removed ones, and those of all parts.
 
     Raises:
-        ValueError: A removed id is repeated or not in base, a part is given twice or stems
-            from another template, or an id would be in the index twice.
+        ValueError: A removed id is repeated or not in base, a part is given twice, stems from
+            another template or is mapped from its file, or an id would be in the index twice.
     """
     check_same_template([base, *parts])
+    for index in (base, *parts):
+        check_writable(index)
     check_ids(removed, removed.size)
     stored = stored_ids(base)
     kept = stored[~_mark_removed(stored, removed)]
-    check_unique(np.concatenate([kept, *(stored_ids(part) for part in parts)]))
+    held = [in_range(ids, low, high) for ids in (kept, *(stored_ids(part) for part in parts))]
+    check_unique(np.concatenate(held))
     _remove(base, removed)
+    for index in (base, *parts):
+        keep_range(index, low, high)
     return move_vectors([base, *parts])
 
 
 def quantization_error(index: faiss.Index, sample: Float32Array) -> float:
     """Measure how far vectors lie from what an index's quantizers make of them.
 
-    With PQ that is the decoded vector; without it, an IVF index keeps vectors whole, and it is
-    the centroid of the list that a vector goes to. Vectors need not be in the index.
+    Where codes are lossy that is the decoded vector, turned back by the rotation. Where they
+    keep vectors whole or as float16, and with RaBitQ, whose codes estimate distances and not
+    vectors, it is the centroid of the list that a vector goes to, after the rotation. Figures of
+    different codecs can't be compared. Vectors need not be in the index.
 
     Args:
         index: A trained index of `indexing.build`, empty or filled.
@@ -125,10 +123,15 @@ def quantization_error(index: faiss.Index, sample: Float32Array) -> float:
     step = max(1, VALUES_AT_ONCE // index.d)
     total = 0.0
     for start in range(0, len(sample), step):
-        block = sample[start : start + step]
-        lost = (block - _quantize(index, block)).ravel()
+        lost = _lost(index, sample[start : start + step]).ravel()
         total += float(np.square(lost, out=lost).sum(dtype=np.float64))
     return total / len(sample)
+
+
+def in_range(ids: Int64Array, low: int | None, high: int | None) -> Int64Array:
+    """Return those of (N,) ids with low <= id < high; None: no bound."""
+    first, past = bounds(low, high)
+    return ids[(ids >= first) & (ids < past)]
 
 
 def _mark_removed(stored: Int64Array, removed: Int64Array) -> npt.NDArray[np.bool_]:
@@ -154,13 +157,41 @@ def _mark_removed(stored: Int64Array, removed: Int64Array) -> npt.NDArray[np.boo
 def _remove(index: faiss.Index, vector_ids: Int64Array) -> None:
     for start in range(0, len(vector_ids), REMOVED_AT_ONCE):
         batch = vector_ids[start : start + REMOVED_AT_ONCE]
-        index.remove_ids(faiss.IDSelectorBatch(batch))
+        remove_selected(index, faiss.IDSelectorBatch(batch))
 
 
-def _quantize(index: faiss.IndexIVF, vectors: Float32Array) -> Float32Array:
-    if isinstance(index, faiss.IndexIVFPQ):
-        decoded: Float32Array = index.sa_decode(index.sa_encode(vectors))
-        return decoded
-    numbers = index.quantizer.assign(vectors, 1)[:, 0]
-    centroids: Float32Array = index.quantizer.reconstruct_batch(numbers)
-    return centroids
+def _lost(index: faiss.Index, vectors: Float32Array) -> Float32Array:
+    """Return (N, D) what quantizing takes from vectors; after the rotation, (N, rotated D)."""
+    ivf = ivf_of(index)
+    lost: Float32Array
+    if _decodes_closely(ivf):
+        lost = vectors - index.sa_decode(index.sa_encode(vectors))
+        return lost
+    rotated = rotate(index, vectors)
+    if isinstance(ivf, faiss.IndexIVFPQFastScan):
+        # Its own sa_decode crashes on an index that was read from a file (FAISS 1.15.1 leaves
+        # fine_quantizer null); without residuals its codes are those of the PQ itself.
+        quantizer: Any = ivf.pq  # faiss's stubs describe the C++ calls
+        kept = quantizer.decode(quantizer.compute_codes(rotated))
+        return _unrotated(index, vectors, rotated, kept)
+    numbers = ivf.quantizer.assign(rotated, 1)[:, 0]
+    centroids: Float32Array = ivf.quantizer.reconstruct_batch(numbers)
+    return rotated - centroids
+
+
+def _unrotated(
+    index: faiss.Index, vectors: Float32Array, rotated: Float32Array, kept: Float32Array
+) -> Float32Array:
+    """Return (N, D) what is lost of vectors, where (N, rotated D) is kept of the rotated ones."""
+    if not isinstance(index, faiss.IndexPreTransform):
+        return rotated - kept
+    chain: Any = index.chain  # faiss's stubs say it is a list
+    lost: Float32Array = vectors - chain.at(0).reverse_transform(kept)
+    return lost
+
+
+def _decodes_closely(ivf: Any) -> bool:  # noqa: ANN401 - faiss's stubs lack methods
+    if isinstance(ivf, faiss.IndexIVFScalarQuantizer):
+        whole: bool = ivf.sq.qtype == faiss.ScalarQuantizer.QT_fp16
+        return not whole
+    return isinstance(ivf, faiss.IndexIVFPQ)

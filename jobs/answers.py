@@ -4,8 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 
 from jobs.ask import (
@@ -122,8 +120,8 @@ def _ask(
     from jobs.search import Searcher
 
     searcher = Searcher(store, release.indexes, images=images, encoder=release.encoder)
-    known = _known_products(searcher.ids.table, queries)
-    column = _category_column(searcher.ids.table, category)
+    known = searcher.ids.first_rows({product for query in queries for product in query.gains})
+    column = _category_column(searcher.ids.columns, category)
     skipped: dict[str, Skipped] = {}
     judged = list(_answerable(queries, known, skipped))
     encoded = encode_queries(searcher, judged, root, images, skipped)
@@ -150,17 +148,7 @@ def _ask(
     )
 
 
-def _known_products(table: pa.Table, queries: Sequence[Query]) -> dict[str, dict[str, Any]]:
-    """Return the first live row of every judged product that the release has."""
-    wanted = sorted({product for query in queries for product in query.gains})
-    mask = pc.is_in(table["product_id"], pa.array(wanted, pa.string()))
-    rows = table.filter(mask).sort_by([("image_number", "descending")]).to_pylist()
-    return {row["product_id"]: row | {"metadata": row["metadata"] or {}} for row in rows}
-
-
-def _category_column(table: pa.Table, category: str | None) -> str | None:
-    metadata = table.schema.field("metadata").type
-    names = [metadata.field(place).name for place in range(metadata.num_fields)]
+def _category_column(names: list[str], category: str | None) -> str | None:
     if category is None:
         return DEFAULT_CATEGORY if DEFAULT_CATEGORY in names else None
     if category not in names:

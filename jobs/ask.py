@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from indexing.search import search_index
 from jobs.errors import JobError
 from jobs.fetch import fetch_images
 from jobs.images import ImageRejected, ImagesConfig
@@ -192,12 +191,11 @@ def _timed_search(
 ) -> list[Result]:
     alone = times_s["index"].setdefault(name, [])
     if len(alone) < LATENCY_QUERIES:
-        index = searcher.indexes[name]
         depth = searcher.depth(RANKS, name)
         if not alone:
-            search_index(index, query, depth)
+            searcher.search_ids(query, depth, field=name)
         started = time.perf_counter()
-        search_index(index, query, depth)
+        searcher.search_ids(query, depth, field=name)
         alone.append(time.perf_counter() - started)
     started = time.perf_counter()
     (results,) = searcher.search_vectors(query, k=RANKS, field=name)

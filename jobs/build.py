@@ -10,7 +10,10 @@ from jobs.diff import Plan
 from jobs.gate import Built, read_placeholders, summarize_rows
 from jobs.ids import write_ids
 from jobs.index import FieldIndex, IndexJob, build_index, reasons_to_retrain
+from jobs.labelled import Labelled, encode_labelled
+from jobs.leases import live_leases
 from jobs.live import Live
+from jobs.partials import delete_partials
 from jobs.queries import Measured, measure_queries
 from jobs.run import Run
 from jobs.search import FORMAT_VERSION
@@ -60,19 +63,15 @@ def build_version(run: Run, task: BuildTask) -> Built:
     measured = Measured(queries=0, recall={})
     placeholders: list[dict[str, Any]] = []
     if live.rows.vectors:
-        base = _base_manifest(run, task.space)
-        for name in task.space.fields:
-            with run.stage(f"index {name}") as counted:
-                indexes.append(build_index(_index_job(run, task, name, base), run.progress.step))
-                counted["rows"] = indexes[-1].ntotal
-            run.log("index", field=name, action=indexes[-1].action, reasons=indexes[-1].reasons)
-        with run.stage("write ids and manifest") as counted:
-            entry = _write_manifest(run, task, indexes)
+        with run.stage("write ids") as counted:
+            entries = _write_ids(run, task)
             counted["rows"] = live.rows.vectors
-        placeholders = read_placeholders(run.store, entry, live)
+        labelled = _encode_labelled(run, task)
+        indexes = _build_indexes(run, task, entries, labelled)
+        placeholders = read_placeholders(run.store, entries["ids"], live)
         with run.stage("measure queries") as counted:
             measured = measure_queries(
-                task.config.evaluate,
+                labelled,
                 task.catalog,
                 task.config.images,
                 run.store,
@@ -98,7 +97,15 @@ def _base_manifest(run: Run, space: VectorSpace) -> dict[str, Any] | None:
     return run.store.read_json("indexes", run.parent.indexes, "manifest.json")
 
 
-def _index_job(run: Run, task: BuildTask, name: str, base: dict[str, Any] | None) -> IndexJob:
+def _index_job(
+    run: Run,
+    task: BuildTask,
+    name: str,
+    base: dict[str, Any] | None,
+    *,
+    ids: dict[str, Any],
+    labelled: Labelled | None,
+) -> IndexJob:
     field, config = task.space.field(name), task.config.index
     entry, retrain = None, list(task.retrain)
     if base is not None and name in base["fields"]:
@@ -118,18 +125,65 @@ def _index_job(run: Run, task: BuildTask, name: str, base: dict[str, Any] | None
         sample_rows=task.config.evaluate.sample_rows,
         base=entry,
         retrain=tuple(retrain),
+        ids=ids,
+        labelled=labelled,
     )
 
 
-def _write_manifest(run: Run, task: BuildTask, indexes: list[FieldIndex]) -> dict[str, Any]:
-    """Write ids.parquet and, last of all, the manifest that makes the index version whole."""
+def _encode_labelled(run: Run, task: BuildTask) -> Labelled | None:
+    if task.config.evaluate.queries is None:
+        return None
+    with run.stage("encode labelled queries") as counted:
+        labelled = encode_labelled(
+            task.config.evaluate,
+            task.config.images,
+            run.store,
+            task.space,
+            use_images=task.asks_with_photos,
+        )
+        counted["rows"] = len(labelled.queries) if labelled else 0
+    return labelled
+
+
+def _build_indexes(
+    run: Run, task: BuildTask, entries: dict[str, Any], labelled: Labelled | None
+) -> list[FieldIndex]:
+    """Build every field's index; write the manifest, which makes the index version whole."""
+    base = _base_manifest(run, task.space)
+    indexes: list[FieldIndex] = []
+    partials: list[str] = []
+    for name in task.space.fields:
+        with run.stage(f"index {name}") as counted:
+            job = _index_job(run, task, name, base, ids=entries["ids"], labelled=labelled)
+            built = build_index(job, run.progress.step)
+            counted["rows"] = built.index.ntotal
+        indexes.append(built.index)
+        partials += built.partials
+        run.log("index", field=name, action=built.index.action, reasons=built.index.reasons)
+    _write_manifest(run, task, indexes, entries)
+    _drop_partials(run, partials)
+    return indexes
+
+
+def _drop_partials(run: Run, partials: list[str]) -> None:
+    """Delete the spilled parts, unless another job may be building from the same; gc would then."""
+    if all(lease.run == run.run_id for lease in live_leases(run.store)):
+        delete_partials(run.store, partials)
+
+
+def _write_ids(run: Run, task: BuildTask) -> dict[str, Any]:
+    """Write `ids.parquet` and `rows.parquet`, or keep those of the newest release."""
     if task.plan is not None:
-        entries = write_ids(task.catalog, task.plan, task.live, run.store, run.run_id)
-    elif run.parent is not None:
-        kept = run.store.read_json("indexes", run.parent.indexes, "manifest.json")
-        entries = {name: kept[name] for name in ("ids", "rows")}
-    else:
+        return write_ids(task.catalog, task.plan, task.live, run.store, run.run_id)
+    if run.parent is None:
         raise ValueError("there is neither a scanned catalog nor a release")
+    kept = run.store.read_json("indexes", run.parent.indexes, "manifest.json")
+    return {name: kept[name] for name in ("ids", "rows")}
+
+
+def _write_manifest(
+    run: Run, task: BuildTask, indexes: list[FieldIndex], entries: dict[str, Any]
+) -> None:
     manifest = {
         "format_version": FORMAT_VERSION,
         "run": run.run_id,
@@ -143,4 +197,3 @@ def _write_manifest(run: Run, task: BuildTask, indexes: list[FieldIndex]) -> dic
         "config_hash": task.config.hash(),
     }
     run.store.write_json(manifest, "indexes", run.run_id, "manifest.json")
-    return entries["ids"]

@@ -22,7 +22,9 @@ from jobs.progress import Progress
 app = typer.Typer()
 
 
-@app.command(epilog="Example: vitrine reindex --config FILE --set index.pq_m=64 --no-publish")
+@app.command(
+    epilog="Example: vitrine reindex --config FILE --set index.factory=IVF1024,SQ8 --no-publish"
+)
 def reindex(
     config: ConfigOption,
     publish: Annotated[

@@ -40,6 +40,7 @@ HEAD_AWAY_S = 50.0
 HEAD_POLL_S = 1.0
 SHUTDOWN_GRACE_S = 10.0
 HEAD_PROCESSES = {"gcs_server", "raylet"}
+WATCH_S = 5.0
 CONNECT_S = 10.0  # Ray itself tries for minutes, and says so only where we drop it
 HOST_AND_PORT = re.compile(r"[^/:]+:\d+|\[[^/]+\]:\d+")
 
@@ -239,6 +240,27 @@ def gather_bounded(
     yield from (gather([ref])[0] for ref in pending)
 
 
+def watch(reference: Any, board: Any, progress: Callable[[str], None]) -> Any:  # noqa: ANN401
+    """Wait for a task's result, and tell what it writes meanwhile.
+
+    Args:
+        reference: The task's result.
+        board: An actor whose `read` gives the words that the task wrote last.
+        progress: Called with words that are new.
+
+    Raises:
+        JobError: See `ray_errors`.
+    """
+    told = ""
+    with ray_errors():
+        while not ray.wait([reference], timeout=WATCH_S)[0]:
+            words = ray.get(board.read.remote())
+            if words != told:
+                progress(words)
+            told = words
+    return gather([reference])[0]
+
+
 def job_error(error: BaseException) -> BaseException:
     """Return the JobError that a Ray exception wraps or comes to, or the exception itself."""
     causes = list(_causes(error))
@@ -268,6 +290,11 @@ def _crash(error: BaseException) -> JobError | None:
 def cluster_cpus() -> int:
     """Return the number of CPUs of the whole cluster, at least 1."""
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def largest_node_cpus() -> int:
+    """Return the number of CPUs of the machine that has most, at least 1."""
+    return max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]) or 1
 
 
 def cluster_gpus() -> int:

@@ -97,15 +97,33 @@ class EmbedConfig(Section):
 class IndexConfig(Section):
     """How vectors become indexes. What is not given is chosen from the catalog's size."""
 
-    nlist: int | None = Field(default=None, ge=0, description="Inverted lists; 0: a flat index.")
-    pq_m: int | None = Field(
-        default=None, ge=0, description="PQ codes a vector; 0: vectors are stored whole."
+    factory: str | None = Field(
+        default=None,
+        description="FAISS factory string, as IVF1024,SQ8 or PCAR256,IVF4096_HNSW32,PQ128x4fs,"
+        "Refine(SQ8); none: chosen from the catalog's size, the budget and the target.",
     )
-    train_rows: int = Field(
-        default=262_144, gt=0, description="Most rows in the uniform training sample."
+    memory_budget_mb: int | None = Field(
+        default=None,
+        gt=0,
+        description="Most MiB of memory that one field's index may take where it is served; a "
+        "refine store is mapped from disk and does not count.",
+    )
+    train_rows: int | None = Field(
+        default=None,
+        gt=0,
+        description="Most rows in the uniform training sample; none: 64 a list, at least 65,536.",
+    )
+    max_partition_vectors: int = Field(
+        default=20_000_000,
+        gt=0,
+        description="Most vectors in one index file: what merging holds in memory. Above it an "
+        "index has several files, searched together.",
     )
     target_intersection: float = Field(
-        default=0.95, gt=0, le=1, description="nprobe is the smallest that reaches this at k = 10."
+        default=0.95,
+        gt=0,
+        le=1,
+        description="The cheapest search that finds this share of the 10 nearest is taken.",
     )
     seed: int = Field(default=0, ge=0, description="Seeds the sample and k-means.")
     drift: Annotated[

@@ -3,7 +3,6 @@
 Letters: N rows, Q queries, D dimension, K neighbours.
 """
 
-import shutil
 from collections import Counter
 from typing import Any
 
@@ -14,13 +13,13 @@ import ray
 from indexing.search import group_by_product
 from jobs.buckets import make_groups, scatter, split_rows, turn
 from jobs.cluster import gather
-from jobs.errors import StoreError
-from jobs.ids import Ids
+from jobs.ids_cache import machine_cache
+from jobs.ids_table import Ids
 from jobs.live import LIVE_DTYPE, Live, LiveRows
 from jobs.release_files import read_file_names
 from jobs.space import VectorField
-from jobs.state import ROW_GROUP_ROWS, locate, read_row_groups, rows_address
-from jobs.store import Release, Store, scratch_folder
+from jobs.state import ROW_GROUP_ROWS, read_row_groups, rows_address
+from jobs.store import Release, Store
 from jobs.vectors import exact_search
 
 MAX_DEPTH = 2048  # neighbours a query: bounds memory where a product has hundreds of images
@@ -138,24 +137,15 @@ def _products(
     store: Store, release: Release, found: tuple[Float32Array, Int64Array], k: int
 ) -> list[list[str]]:
     ids = _open_ids(store, release)
-    table = ids.table["product_id"]
     ranked = []
     for scores, vector_ids in zip(*found, strict=True):
         kept = vector_ids >= 0
-        places, _ = locate(ids.vector_id, vector_ids[kept])
-        owners = table.take(places).to_pylist()
+        owners = ids.products(vector_ids[kept])
         best = group_by_product(scores[kept], vector_ids[kept], owners, k)
         ranked.append([product for product, _, _ in best])
     return ranked
 
 
 def _open_ids(store: Store, release: Release) -> Ids:
-    entry: dict[str, Any] = store.read_json("indexes", release.indexes, "manifest.json")["ids"]
-    cache = scratch_folder("ids")
-    try:
-        path = store.local_copy(cache, "indexes", entry["folder"], entry["file"])
-        return Ids(path, sha256=entry["sha256"])
-    except ValueError as error:
-        raise StoreError(f"{store.uri('indexes', entry['folder'])}: {error}") from error
-    finally:
-        shutil.rmtree(cache)
+    entry = store.read_json("indexes", release.indexes, "manifest.json")["ids"]
+    return Ids.open(store, entry, machine_cache())

@@ -9,7 +9,6 @@ is full, then goes to the target whole.
 Letters: N rows, D dimension.
 """
 
-import hashlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from jobs.errors import StoreError
 from jobs.export_layout import Layout, hive_folders, vector_column
 from jobs.export_rows import Part
 from jobs.space import VectorField
-from jobs.storage import storage_errors
+from jobs.storage import file_sha256, storage_errors
 from jobs.store import Store, scratch_folder
 from jobs.vectors import Float32Array, read_blocks
 
@@ -172,8 +171,7 @@ class FileWriter:
         """Send a closed file to the target."""
         name = f"part-{self._number:05d}-{count:05d}.parquet"
         parts = (*folder.split("/"), name) if folder else (name,)
-        with local.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_sha256(local)
         self._target.upload(local, *parts)
         self._written.append(
             ExportedFile(

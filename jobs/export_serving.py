@@ -6,7 +6,7 @@ configuration open it. Readers of Parquet folders pass over names that begin wit
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import ray
@@ -14,6 +14,7 @@ import ray
 from jobs.cluster import cluster_cpus, gather_bounded
 from jobs.errors import StoreError
 from jobs.export_files import ExportedFile
+from jobs.index_files import read_files
 from jobs.storage import storage_errors
 from jobs.store import Release, Store
 
@@ -43,7 +44,10 @@ def copy_serving(
         StoreError: A file is missing, damaged, or not what was written when it is read again.
     """
     copy, folder = Store(target.uri(SERVING)), release.indexes
-    entries = [*manifest["fields"].values(), manifest["ids"]]
+    entries = [manifest["ids"]]
+    for entry in manifest["fields"].values():
+        index = read_files(entry)
+        entries += [asdict(file) for file in (index.template, *index.served)]
     copies: list[Copy] = [
         (("indexes", one["folder"], one["file"]), ("indexes", folder, one["file"]), one["sha256"])
         for one in entries
@@ -52,7 +56,7 @@ def copy_serving(
     copies += [(path, path, None) for path in files]
     written = _copy_all(store, copy, copies) + _copy_all(store, copy, [(mark, mark, None)])
     own = {name: value for name, value in manifest.items() if name != "rows"} | {
-        "fields": {n: one | {"folder": folder} for n, one in manifest["fields"].items()},
+        "fields": {n: _moved(one, folder) for n, one in manifest["fields"].items()},
         "ids": manifest["ids"] | {"folder": folder},
     }
     text = json.dumps(own, indent=2, sort_keys=True)
@@ -65,6 +69,21 @@ def copy_serving(
         sha256=hashlib.sha256(text.encode()).hexdigest(),
     )
     return [*written, described]
+
+
+def _moved(entry: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Return a field's entry with all its files in one folder."""
+    files = read_files(entry)
+    partitions = [
+        replace(
+            part,
+            codes=replace(part.codes, folder=folder),
+            refine=part.refine and replace(part.refine, folder=folder),
+        )
+        for part in files.partitions
+    ]
+    template = asdict(replace(files.template, folder=folder))
+    return entry | {"template": template, "partitions": [asdict(part) for part in partitions]}
 
 
 def _checkpoint_files(store: Store, encoder: str) -> list[tuple[str, ...]]:

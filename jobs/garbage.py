@@ -12,6 +12,7 @@ from typing import Final
 
 from jobs.files import StoredFile, files_since, list_files
 from jobs.leases import FILE as LEASE
+from jobs.partials import PARTIALS, RECORD
 from jobs.release_files import MANIFEST, MARK
 from jobs.store import Store
 
@@ -33,7 +34,8 @@ class Kept:
         encoders: Whose checkpoints stay; None: all.
         dropped: Folders below `indexes/` whose release is gone: they go whatever their age.
         before: What was written later, or was part of a table's version then or later, stays.
-        training_before: A training that wrote nothing since is no longer gone on with.
+        unfinished_before: A training or an index that nothing was written of since is no longer
+            gone on with.
     """
 
     runs: set[str]
@@ -43,7 +45,7 @@ class Kept:
     encoders: set[str] | None
     dropped: set[str]
     before: float
-    training_before: float
+    unfinished_before: float
 
 
 def find_garbage(store: Store, kept: Kept) -> Garbage:
@@ -58,7 +60,8 @@ def find_garbage(store: Store, kept: Kept) -> Garbage:
         "release rows": _find_table_files(store, "releases", set(), kept.before),
         "checkpoints": _find_checkpoints(store, kept),
         "reports of runs": _find_runs(store, kept),
-        "unfinished trainings": _find_training(store, kept),
+        "unfinished trainings": _find_unfinished(store, "training", kept),
+        "parts of unfinished indexes": _find_unfinished(store, PARTIALS, kept),
     }
 
 
@@ -77,7 +80,7 @@ def _is_older(files: list[StoredFile], moment: float) -> bool:
 
 
 def _marks_first(files: Iterable[StoredFile]) -> list[StoredFile]:
-    marks = (MANIFEST, MARK)
+    marks = (MANIFEST, MARK, RECORD)
     return sorted(files, key=lambda file: file.path.rpartition("/")[2] not in marks)
 
 
@@ -128,7 +131,7 @@ def _find_runs(store: Store, kept: Kept) -> list[StoredFile]:
     return found
 
 
-def _find_training(store: Store, kept: Kept) -> list[StoredFile]:
-    folders = _by_folder(list_files(store, "training"))
-    old = [files for files in folders.values() if _is_older(files, kept.training_before)]
-    return [file for files in old for file in files]
+def _find_unfinished(store: Store, kind: str, kept: Kept) -> list[StoredFile]:
+    folders = _by_folder(list_files(store, kind))
+    old = [files for files in folders.values() if _is_older(files, kept.unfinished_before)]
+    return _marks_first(file for files in old for file in files)

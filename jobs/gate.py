@@ -175,16 +175,16 @@ def _check_counts(gate: GateConfig, rows: int, live: int, rejected: int) -> list
 
 
 def _check_index(gate: GateConfig, index: FieldIndex) -> list[str]:
-    failures = []
-    if index.missing or index.extra:
+    failures, found = [], index.measured
+    if found.missing or found.extra:
         failures.append(
-            f"{index.field}: {index.missing} live ids are not in the index, {index.extra} ids in "
+            f"{index.field}: {found.missing} live ids are not in the index, {found.extra} ids in "
             "it are not live"
         )
     for name, value, bar in (
-        ("intersection_at_10", index.intersection_at_10, gate.min_intersection_at_10),
-        ("self_retrieval", index.self_retrieval, gate.min_self_retrieval),
-        ("overlap_at_10", index.overlap_at_10, gate.min_overlap_at_10),
+        ("intersection_at_10", found.intersection_at_10, gate.min_intersection_at_10),
+        ("self_retrieval", found.self_retrieval, gate.min_self_retrieval),
+        ("overlap_at_10", found.overlap_at_10, gate.min_overlap_at_10),
     ):
         if value is not None and value < bar:
             failures.append(f"{index.field}: {name} {value:.3f}, gate.min_{name} is {bar:.3f}")
@@ -195,9 +195,9 @@ def release_quality(built: Built) -> dict[str, Any]:
     """Return the figures that the row of a release carries."""
     quality: dict[str, Any] = {
         index.field: {
-            "intersection_at_10": index.intersection_at_10,
-            "self_retrieval": index.self_retrieval,
-            "nprobe": index.nprobe,
+            "intersection_at_10": index.measured.intersection_at_10,
+            "self_retrieval": index.measured.self_retrieval,
+            **index.point,
             "factory": index.factory,
             "action": index.action,
         }

@@ -255,7 +255,7 @@ def _find_garbage(
         encoders=None if running else encoders | {release.encoder for release in stay},
         dropped={release.indexes for release in dropped},
         before=began - collector.min_age_s,
-        training_before=collector.now - UNFINISHED_S,
+        unfinished_before=collector.now - UNFINISHED_S,
     )
     return find_garbage(collector.store, keep)
 

@@ -1,11 +1,10 @@
-"""Writes and reads what each vector id of a release is.
+"""Writes what each vector id of a release is.
 
 `ids.parquet` is for serving: the product, the image, that night's metadata. `rows.parquet` is for
 the next refresh, for exact search and export: which row of the embeddings table is live. Both are
 sorted by `vector_id`, and row N of one is row N of the other.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -28,6 +26,7 @@ from jobs.items import read_unit
 from jobs.live import Live
 from jobs.schemas import vector_id
 from jobs.state import ROW_GROUP_ROWS, locate
+from jobs.storage import file_sha256
 from jobs.store import Store, scratch_folder
 
 KEYS = pa.schema(
@@ -209,7 +208,7 @@ def _write_file(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> di
         for table in _regroup(tables, schema):
             writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
             count += table.num_rows
-    return {"file": path.name, "sha256": _sha256(path), "rows": count}
+    return {"file": path.name, "sha256": file_sha256(path), "rows": count}
 
 
 def _regroup(tables: Iterator[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
@@ -222,36 +221,3 @@ def _regroup(tables: Iterator[pa.Table], schema: pa.Schema) -> Iterator[pa.Table
         if whole:
             yield rest.slice(0, whole)
         rest = rest.slice(whole)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class Ids:
-    """The opened table: finds rows by vector id with a binary search."""
-
-    def __init__(self, path: Path, *, sha256: str) -> None:
-        """Open a local `ids.parquet`.
-
-        Raises:
-            ValueError: The file is corrupted.
-        """
-        found = _sha256(path)
-        if found != sha256:
-            raise ValueError(f"{path.name} is corrupted: sha256 {found}, expected {sha256}")
-        self.table = pq.read_table(path, memory_map=True)
-        self.vector_id = self.table["vector_id"].to_numpy()
-
-    def find(self, vector_ids: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
-        """Return the rows of vector ids, in their order.
-
-        Raises:
-            ValueError: An id is not in the table: index and table are not of one release.
-        """
-        places, known = locate(self.vector_id, vector_ids)
-        if not known.all():
-            raise ValueError(f"vector id {vector_ids[~known][0]} is not in ids.parquet")
-        rows: list[dict[str, Any]] = self.table.take(places).to_pylist()
-        return rows

@@ -1,9 +1,9 @@
 """The index stage: live rows of the embeddings table in, measured index files out.
 
 A field at a time. A trained index is updated as long as the drift that is measured of it stays
-within the limits: stale ids out, fresh vectors in, written beside the old file. Else a uniform
-sample trains an empty template, Ray tasks fill clones of it, and one task merges them. Exact
-search over the same rows measures the result.
+within the limits: stale ids out, fresh vectors in, written beside the old files. Else a uniform
+sample trains an empty template, Ray tasks fill clones of it and spill them to the store, and a
+task a partition merges them. Exact search over the same rows measures the result.
 """
 
 from collections.abc import Callable
@@ -12,40 +12,59 @@ from typing import Any
 
 import ray
 
+from indexing.choose import HELD_OUT_SHARE
 from indexing.drift import IndexHealth, find_drift
+from indexing.search import SearchPoint
 from indexing.spec import IndexSpec
 from jobs import index_tasks
-from jobs.cluster import gather
+from jobs.cluster import gather, largest_node_cpus, watch
 from jobs.config import IndexConfig
 from jobs.errors import ConfigError
-from jobs.index_tasks import EXACT_K, Compared, IndexFile, Measurement, describe_curve
+from jobs.index_files import FieldFiles, IndexFile, count_partitions, read_files, read_point
+from jobs.index_tasks import Changes, Target
+from jobs.labelled import Labelled
 from jobs.live import Live
+from jobs.measure import (
+    Measurement,
+    Queries,
+    measure_index,
+    point_name,
+    sample_queries,
+)
+from jobs.partials import Partial
 from jobs.space import VectorField
 from jobs.store import Store
-from jobs.vectors import exact_search, sample_vectors
+from jobs.vectors import MAX_KEY, Draw, sample_vectors
+
+TRAIN_ROWS_A_LIST = 64
+MIN_TRAIN_ROWS = 65_536  # what FAISS takes at most for a PQ codebook of 256 centroids
+MIB = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class FieldIndex:
-    """One published index file and what was measured of it.
+    """One published index and what was measured of it.
 
     Attributes:
-        folder: Below `indexes/`: of the run that wrote the file, which an earlier one may be.
+        template: The trained index without a vector.
+        partitions: Its files, by range of vector ids.
+        size_bytes: Of all files that serving opens.
+        memory_bytes: What they take in memory, by the spec's estimate.
         action: trained, updated, or kept where no vector of it changed.
         reasons: Whole sentences: why it was trained anew, or what the update did.
         why: One sentence for each choice made from the catalog's size.
-        trained: Health when its quantizers were trained, and the nprobe of then.
-        curve: nprobe, intersection at 10 and latency of each point tried.
-        ambiguous_queries: Sampled vectors that don't count; see `Measurement.ambiguous`.
-        missing: Live ids that the file lacks.
-        extra: Ids in the file that are not live.
+        trained: Health when its quantizers were trained, the operating point of then, and the
+            key limit of the rows that were held out of the training.
+        point: The operating point: what a search uses that is given nothing else.
+        curve: All points that no other one beats; see `indexing.tune.MeasuredPoint`.
+        measured: What was measured at the operating point.
     """
 
     field: str
-    folder: str
-    file: str
-    sha256: str
+    template: IndexFile
+    partitions: tuple[Any, ...]
     size_bytes: int
+    memory_bytes: int
     spec: dict[str, Any]
     factory: str
     action: str
@@ -53,27 +72,9 @@ class FieldIndex:
     why: tuple[str, ...]
     trained: dict[str, Any]
     ntotal: int
-    nprobe: int
-    intersection_at_10: float
-    self_retrieval: float
-    overlap_at_10: float | None
-    measured_queries: int
-    ambiguous_queries: int
-    imbalance: float
-    quantization_error: float
-    missing: int
-    extra: int
+    point: dict[str, Any]
     curve: tuple[dict[str, Any], ...]
-
-    @property
-    def health(self) -> IndexHealth:
-        """What drift is measured by."""
-        return IndexHealth(
-            ntotal=self.ntotal,
-            imbalance=self.imbalance,
-            quantization_error=self.quantization_error,
-            intersection_at_10=self.intersection_at_10,
-        )
+    measured: Measurement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,8 @@ class IndexJob:
         sample_rows: Most vectors that are used as queries.
         base: The manifest's entry of the newest release's index in the same vector space.
         retrain: Why it can't be updated; empty if it can.
+        ids: The manifest's entry of `ids.parquet`.
+        labelled: Labelled queries with their vectors; None without any.
     """
 
     store: Store
@@ -95,6 +98,8 @@ class IndexJob:
     sample_rows: int
     base: dict[str, Any] | None
     retrain: tuple[str, ...]
+    ids: dict[str, Any]
+    labelled: Labelled | None
 
     @property
     def count(self) -> int:
@@ -102,47 +107,59 @@ class IndexJob:
         return self.live.rows.count(self.field.name)
 
     @property
-    def file(self) -> str:
-        """Name of the index file."""
-        return f"{self.field.name}.faiss"
-
-    @property
     def mark(self) -> str | None:
         """The flag of the live rows that this index holds; None: all."""
         return "first" if self.field.name == "text" else None
 
-    @property
-    def base_file(self) -> IndexFile | None:
-        """The base's file."""
-        if self.base is None:
-            return None
-        names = ("folder", "file", "sha256", "size_bytes", "ntotal")
-        return IndexFile(**{name: self.base[name] for name in names})
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltIndex:
+    """An index that was written, and the names of the parts that were spilled for it."""
+
+    index: FieldIndex
+    partials: tuple[str, ...]
 
 
 def choose_spec(config: IndexConfig, ntotal: int, dim: int) -> tuple[IndexSpec, list[str]]:
     """Choose the index from the catalog's size, or take what the configuration says.
 
     Raises:
-        ConfigError: The configured index is impossible for this dimension or number of rows.
+        ConfigError: The configured index is impossible for this dimension or number of rows, or
+            takes more memory than its budget.
     """
-    if config.nlist is None and config.pq_m is None:
-        return IndexSpec.for_catalog(ntotal, dim)
-    chosen, _ = IndexSpec.for_catalog(ntotal, dim)
-    nlist = chosen.nlist if config.nlist is None else config.nlist
-    pq_m = (chosen.pq_m if nlist else 0) if config.pq_m is None else config.pq_m
+    budget = None if config.memory_budget_mb is None else config.memory_budget_mb * MIB
     try:
-        spec = IndexSpec(dim=dim, nlist=nlist, pq_m=pq_m)
+        if config.factory is None:
+            spec, why = IndexSpec.for_catalog(
+                ntotal,
+                dim,
+                memory_budget_bytes=budget,
+                target_intersection=config.target_intersection,
+            )
+        else:
+            spec = IndexSpec.parse(config.factory, dim)
+            why = [f"{spec.factory} is what the configuration says."]
     except ValueError as error:
         raise ConfigError(f"index: {error}") from error
-    available = min(ntotal, config.train_rows)
+    if budget is not None and spec.memory_bytes(ntotal) > budget:
+        raise ConfigError(
+            f"index: {spec.factory} with {ntotal:,} vectors takes "
+            f"{spec.memory_bytes(ntotal) / MIB:,.0f} MiB, index.memory_budget_mb is "
+            f"{config.memory_budget_mb}: a smaller code, or leave index.factory out"
+        )
+    available = min(_trainable(ntotal), config.train_rows or ntotal)
     if spec.min_training_rows > available:
         raise ConfigError(
             f"index: {spec.factory} needs {spec.min_training_rows} training rows, there are "
-            f"{available}: a smaller index.nlist or index.pq_m, a larger index.train_rows, "
-            "or leave them out to have them chosen"
+            f"{available}: fewer lists, a larger index.train_rows, or leave index.factory out to "
+            "have it chosen"
         )
-    return spec, [f"{spec.factory} is what the configuration says."]
+    return spec, why
+
+
+def _trainable(ntotal: int) -> int:
+    """Return how many rows can be drawn to train with: some are held out as queries."""
+    return ntotal - int(ntotal * HELD_OUT_SHARE)
 
 
 def reasons_to_retrain(
@@ -158,20 +175,22 @@ def reasons_to_retrain(
     """
     old = IndexSpec(**base["spec"])
     new, _ = choose_spec(config, ntotal, old.dim)
+    names = ("seed", "train_rows", "memory_budget_mb")
     reasons = [
         f"index.{name} was {trained_with.get(name)}, the configuration says {value}."
-        for name, value in (("seed", config.seed), ("train_rows", config.train_rows))
-        if trained_with.get(name) != value
+        for name in names
+        if trained_with.get(name) != (value := getattr(config, name))
     ]
-    named = config.nlist is not None or config.pq_m is not None
-    if named and new != old:
+    if config.factory is not None and new != old:
         reasons.append(f"The configuration asks for {new.factory}, the index is {old.factory}.")
     elif bool(new.nlist) != bool(old.nlist):
         reasons.append(f"{ntotal:,} vectors are better held by {new.factory} than {old.factory}.")
+    elif config.memory_budget_mb and old.memory_bytes(ntotal) > config.memory_budget_mb * MIB:
+        reasons.append(f"{ntotal:,} vectors in {old.factory} take more than the memory budget.")
     return reasons
 
 
-def build_index(job: IndexJob, progress: Callable[[str], None]) -> FieldIndex:
+def build_index(job: IndexJob, progress: Callable[[str], None]) -> BuiltIndex:
     """Update or train one field's index, write it, tune and measure it.
 
     Args:
@@ -182,95 +201,143 @@ def build_index(job: IndexJob, progress: Callable[[str], None]) -> FieldIndex:
         ConfigError: The configured index can't be built from so many rows.
         StoreError: A live row has no vector of this field, or the base is damaged.
     """
-    progress(f"{job.field.name}: exact search of a sample")
-    sample = _Sample(job)
     if job.base is None or job.retrain:
-        return _train(job, sample, job.retrain or ("There is no index to update.",), progress)
-    updated = _update(job, sample, progress)
-    trained = IndexHealth(**{n: updated.trained[n] for n in IndexHealth.__dataclass_fields__})
-    now = _at_nprobe(updated, updated.trained["nprobe"])
-    drift = find_drift(trained, now, job.config.drift)
-    return _train(job, sample, tuple(drift), progress) if drift else updated
+        return _train(job, job.retrain or ("There is no index to update.",), progress)
+    updated = _update(job, job.base, progress)
+    before = updated.index.trained
+    trained = IndexHealth(**{name: before[name] for name in IndexHealth.__dataclass_fields__})
+    drift = find_drift(trained, _health_at(updated.index, before["point"]), job.config.drift)
+    if not drift:
+        return updated
+    anew = _train(job, tuple(drift), progress)
+    return BuiltIndex(index=anew.index, partials=updated.partials + anew.partials)
 
 
-class _Sample:
-    """The sampled queries of a field and their exact neighbours, as references."""
-
-    def __init__(self, job: IndexJob) -> None:
-        seed, salt = job.config.seed, f"measure/{job.field.name}"
-        store, field, live = job.store, job.field, job.live.rows
-        parts = sample_vectors(store, field, live, rows=job.sample_rows, seed=seed, salt=salt)
-        draw = (job.sample_rows, seed, salt)
-        self.ids, self.queries = index_tasks.join_sample.remote(draw, *parts)
-        self.exact = ray.put(exact_search(store, field, live, self.queries, EXACT_K))
-        nprobe = 0 if job.base is None else job.base["nprobe"]
-        self.compared = Compared(
-            target_intersection=job.config.target_intersection,
-            base=None if job.base_file is None else (job.base_file, nprobe),
-        )
-
-    def measure(self, job: IndexJob, file: IndexFile) -> Measurement:
-        """Tune and measure a written index in a task."""
-        live = (job.live.buckets, job.mark)
-        found = index_tasks.measure.remote(
-            job.store, file, self.compared, self.ids, self.queries, self.exact, live
-        )
-        measured: Measurement = gather([found])[0]
-        return measured
-
-
-def _train(
-    job: IndexJob, sample: _Sample, reasons: tuple[str, ...], progress: Callable[[str], None]
-) -> FieldIndex:
+def _train(job: IndexJob, reasons: tuple[str, ...], progress: Callable[[str], None]) -> BuiltIndex:
     spec, why = choose_spec(job.config, job.count, job.field.dim)
+    held = _held_out(job, spec)
+    queries = _queries(job, held, progress)
+    target = Target(
+        store=job.store,
+        field=job.field,
+        spec=spec,
+        folder=job.folder,
+        partitions=count_partitions(job.count, job.config.max_partition_vectors),
+    )
     progress(f"{job.field.name}: train {spec.factory}")
-    rows, salt = job.config.train_rows if spec.nlist else 0, f"train/{job.field.name}"
-    seed, live = job.config.seed, job.live.rows
-    parts = sample_vectors(job.store, job.field, live, rows=rows, seed=seed, salt=salt)
-    template = index_tasks.train.remote(spec, seed, (rows, salt), *parts)
+    template, key = _train_template(job, target, held, progress)
     progress(f"{job.field.name}: add and merge")
-    filled = [
-        index_tasks.add.remote(job.store, job.field, files, template, None, *parts)
-        for files, parts in zip(live.files, live.parts, strict=True)
-    ]
-    file = gather([index_tasks.merge.remote(job.store, job.folder, job.file, *filled)])[0]
-    measured = sample.measure(job, file)
+    files, keys = _fill(job, target, template, None)
+    progress(f"{job.field.name}: measure")
+    measured, curve = measure_index(job.store, files, queries, job.ids)
     trained = {
         "run": job.folder,
-        "ntotal": file.ntotal,
+        "ntotal": files.ntotal,
         "imbalance": measured.imbalance,
         "quantization_error": measured.quantization_error,
-        "intersection_at_10": measured.point.intersection,
-        "nprobe": measured.point.nprobe,
+        "intersection_at_10": measured.intersection_at_10,
+        "point": asdict(measured.point),
+        "held_out": str(held),  # many readers of JSON end at 2**53
     }
-    return _describe(job, file, measured, spec, ("trained", reasons, tuple(why)), trained)
+    told = ("trained", reasons, tuple(why))
+    index = _describe(job, files, measured, curve, told, trained)
+    return BuiltIndex(index=index, partials=(key, *keys))
 
 
-def _update(job: IndexJob, sample: _Sample, progress: Callable[[str], None]) -> FieldIndex:
-    base, file = job.base or {}, job.base_file
-    if file is None:
-        raise ValueError("there is no index to update")
-    fresh, stale = ("fresh_first", "first") if job.mark else ("fresh", "all")
-    added, removed = _count_changes(job.live, fresh, stale)
+def _held_out(job: IndexJob, spec: IndexSpec) -> int:
+    """Return the largest key of the rows that don't train the index, but measure it.
+
+    Two rows a measured query: of those that are removed meanwhile, others take the place.
+    """
+    if not spec.nlist:
+        return MAX_KEY  # a flat index learns nothing
+    share = min(HELD_OUT_SHARE, 2 * job.sample_rows / job.count)
+    return int(share * MAX_KEY)
+
+
+def _measure_salt(job: IndexJob) -> str:
+    return f"measure/{job.field.name}"
+
+
+def _queries(job: IndexJob, held: int, progress: Callable[[str], None]) -> Queries:
+    progress(f"{job.field.name}: exact search of held-out queries")
+    salt = _measure_salt(job)
+    return sample_queries(
+        job.store,
+        job.field,
+        job.live,
+        Draw(rows=job.sample_rows, seed=job.config.seed, salt=salt, below=held),
+        labelled=job.labelled,
+        target_intersection=job.config.target_intersection,
+        base=None if job.base is None else (read_files(job.base), read_point(job.base)),
+    )
+
+
+def _train_template(
+    job: IndexJob, target: Target, held: int, progress: Callable[[str], None]
+) -> tuple[IndexFile, str]:
+    """Train, or find what an earlier try trained; return the name of the spilled part too."""
+    spec = target.spec
+    wanted = job.config.train_rows or max(MIN_TRAIN_ROWS, TRAIN_ROWS_A_LIST * spec.nlist)
+    draw = Draw(
+        rows=wanted if spec.nlist else 0,
+        seed=job.config.seed,
+        salt=f"train/{job.field.name}",
+        held_out=(_measure_salt(job), held) if spec.nlist else None,
+    )
+    parts = sample_vectors(job.store, job.field, job.live.rows, draw)
+    board, cpus = index_tasks.make_board(), largest_node_cpus()
+    trained = index_tasks.train.options(num_cpus=cpus).remote(target, draw, board, cpus, *parts)
+    template: tuple[IndexFile, str] = watch(trained, board, progress)
+    return template
+
+
+def _fill(
+    job: IndexJob, target: Target, template: IndexFile, changes: Changes | None
+) -> tuple[FieldFiles, tuple[str, ...]]:
+    """Add the live rows, or those that an update brings, and merge them partition by partition."""
+    fresh = None if changes is None else ("fresh_first" if job.mark else "fresh")
+    live = job.live.rows
+    partials: list[Partial] = gather(
+        [
+            index_tasks.add.remote(target, template, files, fresh, *parts)
+            for files, parts in zip(live.files, live.parts, strict=True)
+        ]
+    )
+    merged = gather(
+        [
+            index_tasks.merge.remote(target, template, number, changes, *partials)
+            for number in range(target.partitions)
+        ]
+    )
+    files = FieldFiles(spec=target.spec, template=template, partitions=tuple(merged))
+    return files, tuple(partial.key for partial in partials)
+
+
+def _update(job: IndexJob, entry: dict[str, Any], progress: Callable[[str], None]) -> BuiltIndex:
+    files, keys = read_files(entry), tuple[str, ...]()
+    queries = _queries(job, int(entry["trained"]["held_out"]), progress)
+    added, removed = _count_changes(job)
     action, reasons = "kept", ("No vector of it changed.",)
     if added or removed:
-        progress(f"{job.field.name}: update {base['factory']}")
-        template = index_tasks.empty.remote(job.store, file)
-        live = job.live.rows
-        parts = [
-            index_tasks.add.remote(job.store, job.field, files, template, fresh, *rows)
-            for files, rows in zip(live.files, live.parts, strict=True)
-        ]
-        args = (job.store, file, job.folder, job.file, job.live.stale, stale)
-        file = gather([index_tasks.update.remote(*args, *parts)])[0]
+        progress(f"{job.field.name}: update {entry['factory']}")
+        wanted = count_partitions(job.count, job.config.max_partition_vectors)
+        target = Target(
+            store=job.store,
+            field=job.field,
+            spec=files.spec,
+            folder=job.folder,
+            partitions=max(wanted, len(files.partitions)),
+        )
+        changes = Changes(base=files, stale=job.live.stale, mark="first" if job.mark else "all")
+        files, keys = _fill(job, target, files.template, changes)
         action = "updated"
         reasons = (f"{added:,} vectors added, {removed:,} removed; no drift passed its limit.",)
     progress(f"{job.field.name}: measure")
-    measured = sample.measure(job, file)
-    spec = IndexSpec(**base["spec"])
-    return _describe(
-        job, file, measured, spec, (action, reasons, tuple(base["why"])), base["trained"]
-    )
+    measured, curve = measure_index(job.store, files, queries, job.ids)
+    told = (action, reasons, tuple(entry["why"]))
+    index = _describe(job, files, measured, curve, told, entry["trained"])
+    return BuiltIndex(index=index, partials=keys)
 
 
 @ray.remote(num_cpus=1)
@@ -278,55 +345,53 @@ def _count_marked(mark: str, *parts: Any) -> int:  # noqa: ANN401
     return sum(int(rows[mark].sum()) for rows in parts)
 
 
-def _count_changes(live: Live, fresh: str, stale: str) -> tuple[int, int]:
+def _count_changes(job: IndexJob) -> tuple[int, int]:
     """Count the vectors that an update adds and removes."""
-    added = [_count_marked.remote(fresh, rows) for rows in live.buckets]
-    removed = [_count_marked.remote(stale, rows) for rows in live.stale]
+    fresh, stale = ("fresh_first", "first") if job.mark else ("fresh", "all")
+    added = [_count_marked.remote(fresh, rows) for rows in job.live.buckets]
+    removed = [_count_marked.remote(stale, rows) for rows in job.live.stale]
     return sum(gather(added)), sum(gather(removed))
 
 
 def _describe(
     job: IndexJob,
-    file: IndexFile,
+    files: FieldFiles,
     measured: Measurement,
-    spec: IndexSpec,
+    curve: tuple[dict[str, Any], ...],
     told: tuple[str, tuple[str, ...], tuple[str, ...]],
     trained: dict[str, Any],
 ) -> FieldIndex:
     action, reasons, why = told
     return FieldIndex(
         field=job.field.name,
-        **asdict(file),
-        spec=asdict(spec),
-        factory=spec.factory,
+        template=files.template,
+        partitions=files.partitions,
+        size_bytes=files.size_bytes,
+        memory_bytes=files.spec.memory_bytes(files.ntotal),
+        spec=asdict(files.spec),
+        factory=files.spec.factory,
         action=action,
         reasons=reasons,
         why=why,
         trained=trained,
-        nprobe=measured.point.nprobe,
-        intersection_at_10=measured.point.intersection,
-        self_retrieval=measured.self_retrieval,
-        overlap_at_10=measured.overlap_at_10,
-        measured_queries=measured.queries,
-        ambiguous_queries=measured.ambiguous,
-        imbalance=measured.imbalance,
-        quantization_error=measured.quantization_error,
-        missing=measured.missing,
-        extra=measured.extra,
-        curve=describe_curve(measured.curve),
+        ntotal=files.ntotal,
+        point=asdict(measured.point),
+        curve=curve,
+        measured=measured,
     )
 
 
-def _at_nprobe(index: FieldIndex, nprobe: int) -> IndexHealth:
-    """Return an index's health at the nprobe of its training: drift must not hide in a larger one.
+def _health_at(index: FieldIndex, trained: dict[str, Any]) -> IndexHealth:
+    """Return an index's health at the point of its training: drift must not hide in a dearer one.
 
-    The sweep ends where the intersection is 1: what lies beyond is 1 too.
+    Where an index has shrunk so far that it was not searched so deep, the deepest is as good.
     """
-    points = {point["nprobe"]: point["intersection"] for point in index.curve}
-    found = points.get(nprobe, index.curve[-1]["intersection"])
+    found = index.measured.intersections
+    point = SearchPoint(**trained)
+    deepest = max(found.values())
     return IndexHealth(
         ntotal=index.ntotal,
-        imbalance=index.imbalance,
-        quantization_error=index.quantization_error,
-        intersection_at_10=found,
+        imbalance=index.measured.imbalance,
+        quantization_error=index.measured.quantization_error,
+        intersection_at_10=found.get(point_name(point), deepest),
     )

@@ -1,317 +1,343 @@
-"""The Ray tasks of the index stage: train, add, merge or update, measure; one field at a time.
+"""The Ray tasks that make an index: train, add, merge or update; one field at a time.
 
-Letters: N rows, Q queries, D dimension, K neighbours.
+A part that is added is spilled to the store, so that a build that is killed goes on from the parts
+that are whole, and merging holds one partition in memory whatever the size of the catalog.
+
+Letters: N rows, D dimension.
 """
 
-import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
+import numpy.typing as npt
 import ray
+from threadpoolctl import threadpool_limits
 
 from indexing.build import (
-    add_vectors,
-    list_sizes,
-    merge_indexes,
-    read_index,
-    set_nprobe,
+    append_vectors,
+    check_unique,
+    move_vectors,
+    read_partial,
     stored_ids,
+    take_range,
     train_index,
     write_index,
+    write_partial,
 )
-from indexing.metrics import list_imbalance
-from indexing.search import search_index
+from indexing.refine import (
+    encode_refine,
+    kept_blocks,
+    open_refine,
+    refine_code_bytes,
+    stored_blocks,
+    write_refine,
+)
 from indexing.spec import IndexSpec
-from indexing.tune import OperatingPoint, tune_nprobe
-from indexing.update import empty_clone, quantization_error, update_index
+from indexing.update import update_index
 from jobs.buckets import Records
 from jobs.errors import StoreError
+from jobs.index_files import (
+    FieldFiles,
+    IndexFile,
+    PartitionFiles,
+    fetched,
+    in_partition,
+    open_index,
+    partition_range,
+    upload_file,
+)
+from jobs.partials import Partial, fetch_partial, find_partial, make_key, put_partial
 from jobs.space import VectorField
 from jobs.store import Store, scratch_folder
-from jobs.vectors import Float32Array, Int64Array, concatenate, read_blocks
+from jobs.vectors import Draw, Float32Array, Int64Array, join_sample, read_blocks
 
-MEASURED_K = 10
-EXACT_K = MEASURED_K + 1  # one more tells whether the ten nearest are defined at all
-TIE = 1e-6
-EQUAL = 1 - 1e-4
-INDEX_THREADS = 2
+TEMPLATE = "template.faiss"
+BLOCK_ROWS = 65_536
+
+Blocks = Iterator[tuple[Int64Array, npt.NDArray[np.uint8]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class IndexFile:
-    """A written index file.
+class Target:
+    """Where an index is written.
 
     Attributes:
-        folder: Name of the folder below `indexes/`: of the run that wrote it.
+        folder: Below `indexes/`.
+        partitions: How many files the index has: a power of two.
     """
 
+    store: Store
+    field: VectorField
+    spec: IndexSpec
     folder: str
-    file: str
-    sha256: str
-    size_bytes: int
-    ntotal: int
+    partitions: int
+
+    def file(self, number: int, kind: str = "faiss") -> str:
+        """Name a file of a partition."""
+        if self.partitions == 1:
+            return f"{self.field.name}.{kind}"
+        return f"{self.field.name}-{number:05d}.{kind}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """What was measured of an index file.
+class Changes:
+    """What an update takes from an index.
 
     Attributes:
-        point: The operating point that was chosen.
-        curve: All points tried.
-        self_retrieval: Share of sampled vectors that found themselves, or an equal vector.
-        queries: How many sampled vectors count.
-        ambiguous: How many don't: their tenth neighbour and the next are equally near, as where
-            many products share a picture, so that the ten nearest aren't defined.
-        imbalance: FAISS's imbalance factor of the lists; 1 for a flat index.
-        quantization_error: Mean squared distance between the sample and what the index keeps.
-        missing: Live ids that are not in the index.
-        extra: Ids in the index that are not live, or are there twice.
-        overlap_at_10: With the newest release's index, mean share of the same neighbours; None
-            where there is none to compare with.
+        stale: References to `STALE_DTYPE` rows.
+        mark: The flag of those that this index has.
     """
 
-    point: OperatingPoint
-    curve: tuple[OperatingPoint, ...]
-    self_retrieval: float
-    queries: int
-    ambiguous: int
-    imbalance: float
-    quantization_error: float
-    missing: int
-    extra: int
-    overlap_at_10: float | None
+    base: FieldFiles
+    stale: list[Any]
+    mark: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Compared:
-    """What an index is measured against.
+class Board:
+    """Holds the words with which a task says how far it is."""
 
-    Attributes:
-        target_intersection: nprobe is the smallest that reaches it at k = 10.
-        base: The newest release's index file of the same vector space and its nprobe, or None.
-    """
+    def __init__(self) -> None:
+        """Begin without words."""
+        self._words = ""
 
-    target_intersection: float
-    base: tuple[IndexFile, int] | None
+    def write(self, words: str) -> None:
+        """Say something else."""
+        self._words = words
+
+    def read(self) -> str:
+        """Return what was said last."""
+        return self._words
 
 
-@ray.remote(num_cpus=1)
+def make_board() -> Any:  # noqa: ANN401
+    """Start a board as an actor."""
+    return ray.remote(num_cpus=0)(Board).remote()
+
+
+@ray.remote
 def train(
-    spec: IndexSpec,
-    seed: int,
-    draw: tuple[int, str],
+    target: Target,
+    draw: Draw,
+    board: Any,  # noqa: ANN401 - an actor
+    threads: int,
     *parts: tuple[Int64Array, Float32Array],
-) -> Any:  # noqa: ANN401
-    """Train on this task's own cores; the sample is sorted by id, so the order is always one."""
-    faiss.omp_set_num_threads(os.cpu_count() or 1)
-    _, vectors = concatenate(parts, rows=draw[0], seed=seed, salt=draw[1])
-    sample = vectors.reshape(-1, spec.dim)
-    return faiss.serialize_index(train_index(spec, sample, seed=seed))
+) -> tuple[IndexFile, str]:
+    """Train on this task's cores, or find what an earlier try trained on the same sample.
 
+    The sample is sorted by id, so that the order is always one.
 
-@ray.remote(num_cpus=1)
-def empty(store: Store, base: IndexFile) -> Any:  # noqa: ANN401
-    """Return the trained template of a published index."""
-    faiss.omp_set_num_threads(1)
-    return faiss.serialize_index(empty_clone(_open(store, base)))
-
-
-@ray.remote(num_cpus=1)
-def add(
-    store: Store,
-    field: VectorField,
-    files: tuple[int, list[str]],
-    template: Any,  # noqa: ANN401
-    mark: str | None,
-    *parts: Records,
-) -> Any:  # noqa: ANN401
-    """Fill a clone of the template with a group's live rows, or with those that have a mark."""
-    faiss.omp_set_num_threads(1)
-    rows = np.concatenate(parts)
-    rows = rows if mark is None else rows[rows[mark]]
-    index = faiss.deserialize_index(template.copy())
-    filled = [index]
-    for ids, vectors in read_blocks(store, field, files, rows):
-        filled.append(add_vectors(index, ids, vectors))
-    return faiss.serialize_index(merge_indexes(filled))
-
-
-@ray.remote(num_cpus=1)
-def merge(store: Store, folder: str, name: str, *parts: Any) -> IndexFile:  # noqa: ANN401
-    """Join the filled parts and write them as one file."""
-    faiss.omp_set_num_threads(1)
-    merged = merge_indexes([faiss.deserialize_index(part.copy()) for part in parts])
-    return _write(store, folder, name, merged)
-
-
-@ray.remote(num_cpus=1)
-def update(
-    store: Store,
-    base: IndexFile,
-    folder: str,
-    name: str,
-    stale: list[Any],
-    mark: str,
-    *parts: Any,  # noqa: ANN401
-) -> IndexFile:
-    """Remove a published index's stale ids, add the filled parts, write it as another file."""
-    faiss.omp_set_num_threads(1)
-    removed = [rows["vector_id"][rows[mark]] for rows in map(ray.get, stale)]
-    ids = np.concatenate([np.zeros(0, np.int64), *removed])
-    filled = [faiss.deserialize_index(part.copy()) for part in parts]
-    index = _open(store, base)
+    Returns:
+        The template, and the name of the part that it was spilled as.
+    """
+    faiss.omp_set_num_threads(threads)
+    ids, vectors = join_sample(parts, draw)
+    sample = vectors.reshape(-1, target.spec.dim)
+    key = make_key(repr(target.spec), str(draw.seed), ids.data, sample.data)
+    scratch = scratch_folder("train")
     try:
-        updated = update_index(index, ids, filled)
-    except ValueError as error:
-        raise StoreError(
-            f"{store.uri('indexes', base.folder, base.file)} doesn't fit its release ({error}); "
-            "`vitrine reindex` builds another from the stored vectors"
-        ) from error
-    return _write(store, folder, name, updated)
+        name = f"{target.field.name}.{TEMPLATE}"
+        partial = find_partial(target.store, key)
+        if partial is None:
 
+            def progress(step: str, done: int, total: int) -> None:
+                board.write.remote(f"{target.field.name}: train {step}, {done} of {total}")
 
-def _write(store: Store, folder: str, name: str, index: faiss.Index) -> IndexFile:
-    scratch = scratch_folder("index")
-    try:
-        path = scratch / name
-        sha256 = write_index(index, path)
-        store.upload(path, "indexes", folder, name)
-        return IndexFile(
-            folder=folder,
-            file=name,
-            sha256=sha256,
-            size_bytes=path.stat().st_size,
-            ntotal=index.ntotal,
-        )
+            with threadpool_limits(threads):  # BLAS too: the workers' environment gives it one
+                template = train_index(target.spec, sample, seed=draw.seed, progress=progress)
+            path = scratch / TEMPLATE
+            partial = put_partial(target.store, key, [(path, write_index(template, path))], [])
+        path = fetch_partial(target.store, partial, TEMPLATE, scratch)
+        sha256 = partial.file(TEMPLATE).sha256
+        return upload_file(target.store, path, sha256, target.folder, name), key
     finally:
         shutil.rmtree(scratch)
 
 
-def _open(store: Store, file: IndexFile) -> faiss.Index:
-    cache = scratch_folder("index")
+@ray.remote(num_cpus=1)
+def add(
+    target: Target,
+    template: IndexFile,
+    files: tuple[int, list[str]],
+    mark: str | None,
+    *parts: Records,
+) -> Partial:
+    """Fill a clone of the template with a group's live rows, or with those that have a mark."""
+    faiss.omp_set_num_threads(1)
+    rows = np.concatenate(parts)
+    rows = rows if mark is None else rows[rows[mark]]
+    rows = rows[rows["first"]] if target.field.name == "text" else rows
+    content = np.sort(rows, order="vector_id")[["vector_id", "generation"]].tobytes()
+    key = make_key(template.sha256, repr((target.field, target.spec, target.partitions)), content)
+    found = find_partial(target.store, key)
+    if found is not None:
+        return found
+    scratch = scratch_folder("add")
     try:
-        local = store.local_copy(cache, "indexes", file.folder, file.file)
-        return read_index(local, sha256=file.sha256)
-    except ValueError as error:
-        raise StoreError(f"{store.uri('indexes', file.folder)}: {error}") from error
+        return _fill(target, template, files, rows, key, scratch)
     finally:
-        shutil.rmtree(cache)
+        shutil.rmtree(scratch)
 
 
-@ray.remote(num_cpus=1, num_returns=2)
-def join_sample(
-    draw: tuple[int, int, str], *parts: tuple[Int64Array, Float32Array]
-) -> tuple[Int64Array, Float32Array]:
-    """Join a sample; return ids and vectors as two objects."""
-    rows, seed, salt = draw
-    return concatenate(parts, rows=rows, seed=seed, salt=salt)
+def _fill(
+    target: Target,
+    template: IndexFile,
+    files: tuple[int, list[str]],
+    rows: Records,
+    key: str,
+    scratch: Path,
+) -> Partial:
+    index = open_index(target.store, template, mapped=False)
+    refine, dim = target.spec.refine, target.spec.dim
+    ids, done = np.zeros(len(rows), np.int64), 0
+    width = refine_code_bytes(refine, dim)
+    codes = np.lib.format.open_memmap(
+        scratch / "codes.npy", "w+", np.uint8, (len(rows) if width else 0, width)
+    )
+    for block, vectors in read_blocks(target.store, target.field, files, rows):
+        append_vectors(index, block, vectors)
+        ids[done : done + len(block)] = block
+        if width:
+            codes[done : done + len(block)] = encode_refine(refine, vectors)
+        done += len(block)
+    written, counts = [], []
+    for number in range(target.partitions):
+        part = take_range(index, *partition_range(number, target.partitions))
+        path = scratch / target.file(number)
+        written.append((path, write_partial(part, path)))
+        counts.append(part.ntotal)
+        if width:
+            path = scratch / target.file(number, "refine")
+            blocks = _Blocks(ids, codes, number, target.partitions)
+            sha256 = write_refine(path, refine, dim, [blocks], part.ntotal)
+            written.append((path, sha256))
+    return put_partial(target.store, key, written, counts)
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """The rows of one partition among those that were added; can be iterated again."""
+
+    ids: Int64Array
+    codes: npt.NDArray[np.uint8]
+    number: int
+    partitions: int
+
+    def __iter__(self) -> Blocks:
+        """Yield ids and codes, a block at a time."""
+        for start in range(0, len(self.ids), BLOCK_ROWS):
+            ids = self.ids[start : start + BLOCK_ROWS]
+            mine = in_partition(ids, self.number, self.partitions)
+            yield ids[mine], self.codes[start : start + BLOCK_ROWS][mine]
 
 
 @ray.remote(num_cpus=1)
-def measure(
-    store: Store,
-    file: IndexFile,
-    compared: Compared,
-    ids: Int64Array,
-    queries: Float32Array,
-    exact: tuple[Float32Array, Int64Array],
-    live: tuple[list[Any], str | None],
-) -> Measurement:
-    """Tune nprobe on the written file, and measure and check it there.
+def merge(
+    target: Target,
+    template: IndexFile,
+    number: int,
+    changes: Changes | None,
+    *partials: Partial,
+) -> PartitionFiles:
+    """Join one partition of all parts, with what an update keeps of the base; write it.
 
-    Args:
-        store: The store.
-        file: The written index.
-        compared: What it is measured against.
-        ids: (Q,) sampled vector ids.
-        queries: (Q, D) their vectors.
-        exact: Scores and ids that exact search finds.
-        live: References to the live rows, sorted, and the mark of those that are in this index.
+    One part is in memory at a time, beside the partition.
     """
-    faiss.omp_set_num_threads(INDEX_THREADS)
-    index = _open(store, file)
-    k = min(MEASURED_K, index.ntotal)
-    target = compared.target_intersection
-    clear = _find_clear(exact[0])
-    ids, asked, exact = ids[clear], queries[clear], (exact[0][clear], exact[1][clear])
-    point, curve = tune_nprobe(index, asked, exact[1], k=k, target_intersection=target)
-    _, found = search_index(index, asked, k)
-    sizes = list_sizes(index)
-    missing, extra = _compare_ids(stored_ids(index), *live)
-    return Measurement(
-        point=point,
-        curve=tuple(curve),
-        self_retrieval=_self_retrieval(ids, found, exact),
-        queries=len(asked),
-        ambiguous=len(queries) - len(asked),
-        imbalance=list_imbalance(sizes) if len(sizes) else 1.0,
-        quantization_error=quantization_error(index, queries),
-        missing=missing,
-        extra=extra,
-        overlap_at_10=_overlap(store, compared.base, asked, found),
-    )
+    faiss.omp_set_num_threads(1)
+    scratch = scratch_folder("merge")
+    try:
+        removed = _removed_ids(changes, number, target.partitions)
+        index = _merge_codes(target, template, number, changes, removed, partials, scratch)
+        path = scratch / f"new-{target.file(number)}"
+        sha256 = write_index(index, path)
+        codes = upload_file(target.store, path, sha256, target.folder, target.file(number))
+        refine = None
+        if target.spec.refine != "none":
+            refine = _merge_refine(
+                target, number, changes, removed, partials, scratch, index.ntotal
+            )
+        return PartitionFiles(ntotal=index.ntotal, codes=codes, refine=refine)
+    finally:
+        shutil.rmtree(scratch)
 
 
-def _find_clear(scores: Float32Array) -> Any:  # noqa: ANN401
-    """Mark the queries whose ten nearest are defined; all of them if none is.
-
-    Args:
-        scores: (Q, EXACT_K) float32 of exact search, best first.
-    """
-    if scores.shape[1] < EXACT_K:
-        return np.ones(len(scores), bool)
-    clear = scores[:, MEASURED_K - 1] - scores[:, MEASURED_K] > TIE
-    return clear if clear.any() else np.ones(len(scores), bool)
+def _removed_ids(changes: Changes | None, number: int, partitions: int) -> Int64Array:
+    removed = [np.zeros(0, np.int64)]
+    for reference in changes.stale if changes else []:
+        rows = ray.get(reference)
+        ids = rows["vector_id"][rows[changes.mark]] if changes else removed[0]
+        removed.append(ids[in_partition(ids, number, partitions)])
+    return np.concatenate(removed)
 
 
-def _compare_ids(stored: Int64Array, live: list[Any], mark: str | None) -> tuple[int, int]:
-    """Count live ids that are not stored, and stored ones that are not live or are there twice."""
-    stored.sort()
-    missing, matched = 0, 0
-    for rows in map(ray.get, live):
-        wanted = rows["vector_id"] if mark is None else rows["vector_id"][rows[mark]]
-        there = np.isin(wanted, stored[slice(*np.searchsorted(stored, _ends(wanted)))])
-        missing += int((~there).sum())
-        matched += int(there.sum())
-    return missing, len(stored) - matched
+def _base_partition(changes: Changes, number: int, partitions: int) -> PartitionFiles:
+    """Return the base's partition that has these ids; it may have been split since."""
+    return changes.base.partitions[number * len(changes.base.partitions) // partitions]
 
 
-def _ends(ids: Int64Array) -> Int64Array:
-    return np.array([ids[0], ids[-1] + 1] if len(ids) else [0, 0], np.int64)
+def _merge_codes(
+    target: Target,
+    template: IndexFile,
+    number: int,
+    changes: Changes | None,
+    removed: Int64Array,
+    partials: tuple[Partial, ...],
+    scratch: Path,
+) -> faiss.Index:
+    store, empty = target.store, open_index(target.store, template, mapped=False)
+    index = empty
+    if changes is not None:
+        base = _base_partition(changes, number, target.partitions)
+        index = open_index(store, base.codes, mapped=False)
+        low, high = partition_range(number, target.partitions)
+        try:
+            update_index(index, removed, [], low=low, high=high)
+        except ValueError as error:
+            raise StoreError(
+                f"{store.uri('indexes', base.codes.folder, base.codes.file)} doesn't fit its "
+                f"release ({error}); `vitrine reindex` builds another from the stored vectors"
+            ) from error
+    for partial in partials:
+        if partial.counts[number]:
+            name = target.file(number)
+            path = fetch_partial(store, partial, name, scratch)
+            part = read_partial(path, empty, sha256=partial.file(name).sha256)
+            move_vectors([index, part])
+            if not store.is_local:
+                path.unlink()
+    check_unique(stored_ids(index))
+    return index
 
 
-def _overlap(
-    store: Store,
-    base: tuple[IndexFile, int] | None,
-    queries: Float32Array,
-    found: Int64Array,
-) -> float | None:
-    if base is None or found.shape[1] == 0 or not len(queries):
-        return None
-    index = _open(store, base[0])
-    set_nprobe(index, base[1])
-    k = min(found.shape[1], index.ntotal)
-    if k == 0:
-        return None
-    _, before = search_index(index, queries, k)
-    same = (found[:, :k, None] == before[:, None, :]) & (found[:, :k, None] >= 0)
-    return float(same.any(axis=2).mean())
-
-
-def _self_retrieval(
-    ids: Int64Array, found: Int64Array, exact: tuple[Float32Array, Int64Array]
-) -> float:
-    """Return the share of queries whose own vector, or an exactly equal one, is in the results."""
-    equal = np.where(exact[0] >= EQUAL, exact[1], -2)
-    hits = (found == ids[:, None]).any(axis=1)
-    hits |= (found[:, :, None] == equal[:, None, :]).any(axis=(1, 2))
-    return float(hits.mean())
-
-
-def describe_curve(points: tuple[OperatingPoint, ...]) -> tuple[dict[str, Any], ...]:
-    """Return plain values for JSON."""
-    return tuple(asdict(point) for point in points)
+def _merge_refine(
+    target: Target,
+    number: int,
+    changes: Changes | None,
+    removed: Int64Array,
+    partials: tuple[Partial, ...],
+    scratch: Path,
+    count: int,
+) -> IndexFile:
+    kind, dim = target.spec.refine, target.spec.dim
+    parts: list[Any] = []
+    if changes is not None:
+        base = _base_partition(changes, number, target.partitions).refine
+        if base is None:
+            raise ValueError("the base has no refine store")
+        low, high = partition_range(number, target.partitions)
+        with fetched(target.store, base) as path:
+            old = open_refine(path, kind=kind, dim=dim, sha256=base.sha256)
+        parts.append(kept_blocks(old, removed, low, high))
+    name = target.file(number, "refine")
+    for partial in partials:
+        if partial.counts[number]:
+            path = fetch_partial(target.store, partial, name, scratch)
+            sha256 = partial.file(name).sha256
+            parts.append(stored_blocks(open_refine(path, kind=kind, dim=dim, sha256=sha256)))
+    path = scratch / f"new-{name}"
+    sha256 = write_refine(path, kind, dim, parts, count)
+    return upload_file(target.store, path, sha256, target.folder, name)

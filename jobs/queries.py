@@ -6,8 +6,8 @@ They are run through the same Searcher that serving uses.
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,9 @@ from jobs.images import ImagesConfig
 from jobs.items import fill_template
 from jobs.pairs import read_pairs
 from jobs.store import Store
+
+if TYPE_CHECKING:
+    from jobs.labelled import Labelled
 
 RECALL_KS = (1, 5, 10)
 SHEET_QUERIES = 12
@@ -183,7 +186,7 @@ def _group(rows: Sequence[dict[str, Any]]) -> tuple[list[Query], dict[str, int]]
 
 
 def measure_queries(
-    config: EvaluateConfig,
+    labelled: "Labelled | None",
     catalog: Catalog,
     images: ImagesConfig,
     store: Store,
@@ -194,25 +197,17 @@ def measure_queries(
     """Run the labelled queries against an index version, in one Ray task that has the encoder.
 
     Args:
-        config: The evaluate section.
-        catalog: Gives queries for the contact sheet where none are labelled.
+        labelled: The queries; None: some of the catalog's own, for the contact sheet.
+        catalog: Gives those.
         images: Limits for query images.
         store: The store.
         indexes: Name of the folder below `indexes/`.
         use_images: Whether to ask with photos, or with words.
     """
-    queries: list[Query] = []
-    root = catalog.root
-    if config.queries is not None:
-        read = read_queries(config)
-        queries, root = _one_kind(read.queries, use_images=use_images), read.root
-        if not queries:
-            column = IMAGE if use_images else TEXT
-            raise CatalogError(f"{KEY} {config.queries} has no labelled query with {column}")
     task = _run_queries.options(num_gpus=1 if ray.cluster_resources().get("GPU") else 0)
-    outcome = gather([task.remote(queries, root, catalog, images, store, indexes, use_images)])[0]
+    outcome = gather([task.remote(labelled, catalog, images, store, indexes, use_images)])[0]
     searched, failed = outcome
-    if not queries:
+    if labelled is None:
         return Measured(queries=0, recall={}, failed=failed, sheet=searched)
     found = [[row["product_id"] for row in one.found] for one in searched]
     relevant = [one.query.relevant for one in searched]
@@ -221,17 +216,11 @@ def measure_queries(
         recall = {f"recall_at_{k}": _share(found, relevant, k) for k in RECALL_KS}
         recall["mrr"] = mean_reciprocal_rank(found, [set(r) for r in relevant])
     return Measured(
-        queries=len(searched), recall=recall, failed=failed, sheet=_pick_sheet(searched)
+        queries=len(searched),
+        recall=recall,
+        failed=[*labelled.failed, *failed],
+        sheet=_pick_sheet(searched),
     )
-
-
-def _one_kind(queries: Sequence[Query], *, use_images: bool) -> list[Query]:
-    """Keep what a photo alone, or words alone, can ask; queries without a right product go."""
-    return [
-        replace(query, text=None) if use_images else replace(query, image=None)
-        for query in queries
-        if (query.image if use_images else query.text) and query.relevant
-    ]
 
 
 def _share(found: list[list[str]], relevant: list[tuple[str, ...]], k: int) -> float:
@@ -246,8 +235,7 @@ def _pick_sheet(searched: Sequence[SearchedQuery]) -> list[SearchedQuery]:
 
 @ray.remote(num_cpus=1)
 def _run_queries(
-    queries: list[Query],
-    root: str,
+    labelled: "Labelled | None",
     catalog: Catalog,
     images: ImagesConfig,
     store: Store,
@@ -257,16 +245,21 @@ def _run_queries(
     from jobs.search import Searcher, result_rows
 
     searcher = Searcher(store, indexes, images=images)
-    wanted = queries or _catalog_queries(searcher, catalog, use_images)
+    if labelled is not None:
+        found = searcher.search_vectors(labelled.vectors, k=max(RECALL_KS))
+        return [
+            SearchedQuery(query=query, root=labelled.root, found=result_rows(results))
+            for query, results in zip(labelled.queries, found, strict=True)
+        ], []
     searched, failed = [], []
-    for query in wanted:
+    for query in _catalog_queries(searcher, catalog, use_images):
         try:
-            data = _fetch(query, root, images)
+            data = _fetch(query, catalog.root, images)
             results = searcher.search(image=data, text=query.text, k=max(RECALL_KS))
         except JobError as error:
             failed.append(f"{query}: {error}")
             continue
-        searched.append(SearchedQuery(query=query, root=root, found=result_rows(results)))
+        searched.append(SearchedQuery(query=query, root=catalog.root, found=result_rows(results)))
     return searched, failed
 
 
@@ -281,10 +274,8 @@ def _fetch(query: Query, root: str, images: ImagesConfig) -> bytes | None:
 
 def _catalog_queries(searcher: Any, catalog: Catalog, use_images: bool) -> list[Query]:  # noqa: ANN401
     """Make unlabelled queries of some of the catalog's own products."""
-    table = searcher.ids.table
-    places = np.linspace(0, len(table) - 1, min(SHEET_QUERIES, len(table))).astype(int)
     queries = []
-    for row in table.take(np.unique(places)).to_pylist():
+    for row in searcher.ids.sample_rows(SHEET_QUERIES):
         if use_images and row["image_uri"]:
             queries.append(Query(image=row["image_uri"], text=None))
         elif not use_images:

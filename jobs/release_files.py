@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from jobs.errors import StoreError
 from jobs.files import list_files
+from jobs.index_files import read_files
 from jobs.storage import parquet_errors, storage_errors
 from jobs.store import Release, Store
 
@@ -53,9 +54,11 @@ def find_files(store: Store, release: Release) -> ReleaseFiles:
     folder = release.indexes
     manifest = store.read_json("indexes", folder, MANIFEST)
     try:
-        entries = [*manifest["fields"].values(), manifest["ids"], manifest["rows"]]
-        named = tuple(_needed(entry, folder) for entry in entries)
-        rows = _needed(manifest["rows"], folder).path
+        named = [_needed(manifest[name]) for name in ("ids", "rows")]
+        for entry in manifest["fields"].values():
+            files = read_files(entry)
+            named += [_needed(asdict(file)) for file in (files.template, *files.served)]
+        rows = _needed(manifest["rows"]).path
     except (KeyError, TypeError, AttributeError) as error:
         address = store.uri("indexes", folder, MANIFEST)
         raise StoreError(f"{address} is corrupted: no {error}") from error
@@ -66,9 +69,9 @@ def find_files(store: Store, release: Release) -> ReleaseFiles:
     )
 
 
-def _needed(entry: dict[str, Any], folder: str) -> NeededFile:
+def _needed(entry: dict[str, Any]) -> NeededFile:
     return NeededFile(
-        path=f"indexes/{entry.get('folder', folder)}/{entry['file']}",
+        path=f"indexes/{entry['folder']}/{entry['file']}",
         sha256=entry["sha256"],
         size_bytes=entry.get("size_bytes"),
     )

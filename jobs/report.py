@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from jobs.answers import Failure
 from jobs.fetch import fetch_images
 from jobs.images import ImageRejected, ImagesConfig, decode_image
+from jobs.plots import Line, draw_lines
 from jobs.queries import SearchedQuery
 from jobs.store import Release, Store
 
@@ -49,7 +50,36 @@ def write_report(
         one | {"picture": picture}
         for one, picture in zip(report["placeholders"], pictures, strict=True)
     ]
-    return render_report(store, run, "report.html", report, sheet=rows, shared=shared)
+    charts = {index["field"]: _draw_curve(index) for index in report["indexes"]}
+    return render_report(
+        store, run, "report.html", report, sheet=rows, shared=shared, charts=charts
+    )
+
+
+def _draw_curve(index: dict[str, Any]) -> str:
+    """Draw what an index finds against the time that it takes; nothing for a single point."""
+    curve = index["curve"]
+    if len(curve) < 2:
+        return ""
+    named = {
+        "intersection@10": "intersection",
+        "of street queries": "labelled_intersection",
+        "recall@10": "recall",
+    }
+    lines: dict[str, Line] = {
+        name: ([one["latency_p50_ms"] for one in curve], [one[key] for one in curve])
+        for name, key in named.items()
+        if curve[0][key] is not None
+    }
+    chosen = next(one for one in curve if one["point"] == index["point"])
+    lines["chosen point"] = ([chosen["latency_p50_ms"]], [chosen["intersection"]])
+    return draw_lines(
+        lines,
+        title=f"{index['field']}: what a search finds, and how long it takes",
+        x_label="median milliseconds of a query by itself",
+        y_label="share",
+        marks=True,
+    )
 
 
 def write_idle_report(

@@ -3,30 +3,32 @@
 `Searcher` is what a serving process uses, and the `search` command with it.
 """
 
-import shutil
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 
 from encoders.checkpoint import load_encoder, load_tokenizers
 from encoders.encoder import Encoder
-from indexing.build import read_index, set_nprobe
-from indexing.search import group_by_product, search_index
+from indexing.search import SearchPoint, group_by_product, search_partitions, search_pool
 from jobs.contract import QueryEncoder, check_contract, check_encoder, read_contract
 from jobs.embed_steps import checkpoint_cache
 from jobs.errors import FingerprintError, JobError, StoreError
 from jobs.fetch import fetch_images
-from jobs.ids import Ids
+from jobs.ids_cache import machine_cache
+from jobs.ids_table import Ids
 from jobs.images import ImageRejected, ImagesConfig
-from jobs.store import Store, scratch_folder
+from jobs.index_files import open_partitions, read_files, read_point
+from jobs.store import Store
 
 Float32Array = npt.NDArray[np.float32]
-FORMAT_VERSION = 3
+Int64Array = npt.NDArray[np.int64]
+FORMAT_VERSION = 4
 MANIFEST_KEYS = {"encoder", "fields", "ids", "products", "query"}
 FIELD_ORDER = ("multimodal", "image", "text")
 
@@ -42,12 +44,18 @@ class Result:
 
 
 class Searcher:
-    """One release, opened: encoder, indexes and ids that belong together.
+    """One release, opened: encoder, indexes and ids that belong together. Thread-safe.
+
+    Index files, refine stores and ids are mapped into memory, read only; FastScan codes are read
+    into it. Partitions are searched in parallel.
 
     Attributes:
         manifest: The index version's manifest.
         space: What the release's vectors are, and the weights in force.
         fields: The fields that can be searched, the default one first.
+        points: By field: the operating point, which a search uses that names no other.
+        indexes: By field: its partitions.
+        ids: What each vector id is.
     """
 
     def __init__(
@@ -90,25 +98,21 @@ class Searcher:
                 f"{store.uri('indexes', indexes)} belongs to encoder "
                 f"{self.space.encoder[:12]}, not to {expected[:12]}"
             )
-        self.fields = [name for name in FIELD_ORDER if name in self.manifest["fields"]]
-        cache = scratch_folder("release")
+        entries = self.manifest["fields"]
+        self.fields = [name for name in FIELD_ORDER if name in entries]
+        self.points = {name: read_point(entry) for name, entry in entries.items()}
+        self.indexes = {
+            name: open_partitions(store, read_files(entry)) for name, entry in entries.items()
+        }
+        self.ids = Ids.open(store, self.manifest["ids"], machine_cache())
+        most = max(len(partitions) for partitions in self.indexes.values())
+        self._pool = search_pool(min(most, os.cpu_count() or 1)) if most > 1 else None
         try:
-            self._open(store, cache, indexes, None if isinstance(encoder, str) else encoder)
+            self._open_encoder(store, None if isinstance(encoder, str) else encoder)
         except ValueError as error:
             raise StoreError(f"{store.uri('indexes', indexes)}: {error}") from error
-        finally:
-            shutil.rmtree(cache)
 
-    def _open(self, store: Store, cache: Path, indexes: str, encoder: Encoder | None) -> None:
-        self.indexes: dict[str, faiss.Index] = {}
-        for name, entry in self.manifest["fields"].items():
-            path = store.local_copy(cache, "indexes", entry["folder"], entry["file"])
-            self.indexes[name] = read_index(path, sha256=entry["sha256"])
-            set_nprobe(self.indexes[name], entry["nprobe"])
-        path = store.local_copy(
-            cache, "indexes", self.manifest["ids"]["folder"], self.manifest["ids"]["file"]
-        )
-        self.ids = Ids(path, sha256=self.manifest["ids"]["sha256"])
+    def _open_encoder(self, store: Store, encoder: Encoder | None) -> None:
         directory = store.local_copy(checkpoint_cache(), "checkpoints", self.space.encoder)
         if encoder is None:
             encoder = load_encoder(
@@ -172,6 +176,7 @@ class Searcher:
         k: int = 10,
         field: str | None = None,
         image_weight: float | None = None,
+        only: pc.Expression | Collection[str] | None = None,
     ) -> list[Result]:
         """Find the k products that are most like a photo, words, or both.
 
@@ -181,6 +186,7 @@ class Searcher:
             k: Most products.
             field: Which product vectors to compare with; the release's first field if None.
             image_weight: As in `encode`.
+            only: As in `search_vectors`.
 
         Raises:
             JobError: The query can't be used, or there is no such field.
@@ -191,10 +197,16 @@ class Searcher:
                 raise JobError(f"the query image can't be used: {read}") from read
             image = read
         query = self.encode(image, text, image_weight=image_weight)
-        return self.search_vectors(query[None], k=k, field=field)[0]
+        return self.search_vectors(query[None], k=k, field=field, only=only)[0]
 
     def search_vectors(
-        self, queries: Float32Array, *, k: int = 10, field: str | None = None
+        self,
+        queries: Float32Array,
+        *,
+        k: int = 10,
+        field: str | None = None,
+        only: pc.Expression | Collection[str] | None = None,
+        point: SearchPoint | None = None,
     ) -> list[list[Result]]:
         """Find the k most similar products of each query vector.
 
@@ -202,40 +214,94 @@ class Searcher:
             queries: (Q, D) float32 unit rows.
             k: Most products a query.
             field: As in `search`.
+            only: Which products may be found: a predicate over metadata columns, as
+                `pyarrow.compute.field("price") < 20`, or a collection of product ids.
+            point: How deep to search; the release's operating point if None.
 
         Raises:
-            JobError: There is no such field, or k < 1.
+            JobError: There is no such field, k < 1, the filter can't be used, or the point
+                doesn't fit the index.
         """
-        name = field or self.fields[0]
-        if name not in self.indexes:
-            raise JobError(f"the release has no field {name!r}; it has {', '.join(self.fields)}")
+        name = self._field(field)
         if k < 1:
             raise JobError(f"k is {k}, expected at least 1")
-        scores, ids = search_index(self.indexes[name], queries, self.depth(k, name))
+        try:
+            scores, ids = self.search_ids(
+                queries, self.depth(k, name), field=name, only=self.select(only), point=point
+            )
+        except ValueError as error:
+            raise JobError(str(error)) from error
         return [self._products(s, i, k) for s, i in zip(scores, ids, strict=True)]
+
+    def search_ids(
+        self,
+        queries: Float32Array,
+        k: int,
+        *,
+        field: str | None = None,
+        only: Int64Array | None = None,
+        point: SearchPoint | None = None,
+    ) -> tuple[Float32Array, Int64Array]:
+        """Find the k most similar vectors of each query vector, not grouped into products.
+
+        Args:
+            queries: (Q, D) float32 unit rows.
+            k: Neighbours a query.
+            field: As in `search`.
+            only: (M,) int64, rising: the vector ids that may be found (`select`).
+            point: As in `search_vectors`.
+
+        Returns:
+            Scores (Q, K) float32, best first, and vector ids (Q, K) int64, padded with -1.
+
+        Raises:
+            JobError: There is no such field.
+            ValueError: See `indexing.search.search_partitions`.
+        """
+        name = self._field(field)
+        point = point or self.points[name]
+        return search_partitions(self.indexes[name], queries, k, point, only=only, pool=self._pool)
+
+    def select(self, only: pc.Expression | Collection[str] | None) -> Int64Array | None:
+        """Return the vector ids (M,) int64, rising, that a filter lets through; None: all.
+
+        Raises:
+            JobError: The predicate can't be used.
+        """
+        if only is None:
+            return None
+        if isinstance(only, pc.Expression):
+            return self.ids.select(only)
+        return self.ids.select_products([only] if isinstance(only, str) else only)
 
     def depth(self, k: int, field: str) -> int:
         """Return how many vectors of a field are looked at for k products.
 
         Several images a product share one place in the answer, so that it is more than k.
         """
-        images_a_product = round(len(self.ids.vector_id) / max(1, self.manifest["products"]))
-        depth: int = min(self.indexes[field].ntotal, 4 * k * max(1, images_a_product))
+        images = 1 if field == "text" else round(len(self.ids) / max(1, self.manifest["products"]))
+        held = sum(partition.index.ntotal for partition in self.indexes[field])
+        depth: int = min(held, 4 * k * max(1, images))
         return depth
 
-    def _products(self, scores: Float32Array, ids: npt.NDArray[np.int64], k: int) -> list[Result]:
+    def _field(self, field: str | None) -> str:
+        name = field or self.fields[0]
+        if name not in self.indexes:
+            raise JobError(f"the release has no field {name!r}; it has {', '.join(self.fields)}")
+        return name
+
+    def _products(self, scores: Float32Array, ids: Int64Array, k: int) -> list[Result]:
         scores, ids = scores[ids >= 0], ids[ids >= 0]
-        rows = self.ids.find(ids)
-        by_id = {row["vector_id"]: row for row in rows}
-        found = group_by_product(scores, ids, [row["product_id"] for row in rows], k)
+        found = group_by_product(scores, ids, self.ids.products(ids), k)
+        rows = self.ids.find(np.array([vector for _, _, vector in found], np.int64))
         return [
             Result(
                 product_id=product,
                 score=score,
-                image_uri=by_id[vector]["image_uri"],
-                metadata=by_id[vector]["metadata"] or {},
+                image_uri=row["image_uri"],
+                metadata=row["metadata"] or {},
             )
-            for product, score, vector in found
+            for (product, score, _), row in zip(found, rows, strict=True)
         ]
 
 

@@ -5,6 +5,7 @@ for `patience_s()` seconds in all; what is left after that is one line. `jobs.de
 for tables.
 """
 
+import hashlib
 import logging
 import os
 import random
@@ -167,6 +168,16 @@ def parquet_errors(address: str) -> Iterator[None]:
             yield
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise StoreError(f"{address} can't be read: {one_line(error)}") from error
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a local file, in hexadecimal.
+
+    Raises:
+        OSError: It can't be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch_file(filesystem: fsspec.AbstractFileSystem, target: str, local: Path) -> None:

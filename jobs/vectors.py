@@ -7,7 +7,8 @@ Letters: N rows, D dimension, Q queries, K neighbours.
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ from jobs.store import Store
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 UInt64Array = npt.NDArray[np.uint64]
+
+MAX_KEY = 2**64 - 1
 
 
 def read_blocks(
@@ -96,31 +99,66 @@ def _fuse(field: VectorField, parts: list[Float32Array]) -> Float32Array:
     return np.ascontiguousarray(fused)
 
 
-def sample_vectors(
-    store: Store, field: VectorField, live: LiveRows, *, rows: int, seed: int, salt: str
-) -> list[Any]:
-    """Draw live rows uniformly, by their ids alone: the order of the catalog has no part in it.
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """A uniform sample of a field's rows: those with the smallest keys, by their ids alone.
 
-    Args:
-        store: The store.
-        field: The field.
-        live: All live rows; the field takes its own of them.
+    The order of the catalog has no part in it.
+
+    Attributes:
         rows: How many to draw.
         seed: Another seed, another sample.
         salt: What the sample is for.
+        below: Of this salt too, keys are at most this; `MAX_KEY`: any.
+        held_out: Salt and key limit of rows that may not be drawn; None: all may.
+    """
+
+    rows: int
+    seed: int
+    salt: str
+    below: int = MAX_KEY
+    held_out: tuple[str, int] | None = None
+
+    def limit(self, count: int) -> int:
+        """Return the key under which the sample lies, and hardly more.
+
+        Args:
+            count: Rows of the field.
+        """
+        # Six standard deviations more than asked: fewer than `rows` pass once in a billion times.
+        held = 0.0 if self.held_out is None else self.held_out[1] / MAX_KEY
+        share = (self.rows + 6 * math.sqrt(self.rows) + 16) / max(1.0, count * (1 - held))
+        return min(self.below, MAX_KEY if share >= 1 else int(share * MAX_KEY))
+
+    def mark(self, vector_ids: Int64Array, limit: int) -> npt.NDArray[np.bool_]:
+        """Mark the (N,) ids whose keys are at most a limit and that are not held out."""
+        marked: npt.NDArray[np.bool_] = mix_ids(vector_ids, self.seed, self.salt) <= np.uint64(
+            limit
+        )
+        if self.held_out is not None:
+            salt, held = self.held_out
+            marked &= mix_ids(vector_ids, self.seed, salt) > np.uint64(held)
+        return marked
+
+
+def sample_vectors(store: Store, field: VectorField, live: LiveRows, draw: Draw) -> list[Any]:
+    """Read a sample of a field's live rows.
+
+    Args:
+        store: The store.
+        field: The field; it takes its own of the rows.
+        live: All live rows.
+        draw: Which rows.
 
     Returns:
-        References to (ids, vectors), one a group of files, with some rows too many; `concatenate`
+        References to (ids, vectors), one a group of files, with some rows too many; `join_sample`
         keeps those with the smallest keys.
     """
-    count = live.count(field.name)
-    # Six standard deviations more than asked: fewer than `rows` pass once in a billion times.
-    share = (rows + 6 * math.sqrt(rows) + 16) / max(1, count)
-    limit = 2**64 - 1 if share >= 1 else int(share * 2**64)
+    limit = draw.limit(live.count(field.name))
     return [
-        _read_sample.remote(store, field, files, (seed, salt, limit), *parts)
+        _read_sample.remote(store, field, files, draw, limit, *parts)
         for files, parts in zip(live.files, live.parts, strict=True)
-        if rows
+        if draw.rows
     ]
 
 
@@ -129,12 +167,12 @@ def _read_sample(
     store: Store,
     field: VectorField,
     files: tuple[int, list[str]],
-    draw: tuple[int, str, int],
+    draw: Draw,
+    limit: int,
     *parts: Records,
 ) -> tuple[Int64Array, Float32Array]:
-    seed, salt, limit = draw
     rows = np.concatenate(parts)
-    rows = rows[mix_ids(rows["vector_id"], seed, salt) <= np.uint64(limit)]
+    rows = rows[draw.mark(rows["vector_id"], limit)]
     return join_blocks(list(read_blocks(store, field, files, rows)), field.dim)
 
 
@@ -148,21 +186,33 @@ def mix_ids(vector_ids: Int64Array, seed: int, salt: str) -> UInt64Array:
     return keys
 
 
-def concatenate(
-    parts: tuple[tuple[Int64Array, Float32Array], ...], *, rows: int, seed: int, salt: str
+def join_sample(
+    parts: Sequence[tuple[Int64Array, Float32Array]], draw: Draw
 ) -> tuple[Int64Array, Float32Array]:
     """Join what `sample_vectors` read, and keep the rows with the smallest keys, sorted by id.
 
+    The sample is copied once: memory beside the parts is its own.
+
     Args:
         parts: Ids (N,) int64 and vectors (N, D) float32 of each group of files.
-        rows: How many to keep.
-        seed: As for `sample_vectors`.
-        salt: As for `sample_vectors`.
+        draw: What was drawn.
+
+    Returns:
+        Ids (N,) int64 and vectors (N, D) float32; N is `draw.rows`, or all there are.
     """
-    ids, vectors = join_blocks(parts, 0)
-    keys = mix_ids(ids, seed, salt)
-    kept = np.sort(np.argsort(keys, kind="stable")[:rows])
-    return ids[kept], vectors[kept]
+    filled = [part for part in parts if len(part[0])]
+    if not filled:
+        return np.zeros(0, np.int64), np.zeros((0, 0), np.float32)
+    ids = np.concatenate([part[0] for part in filled])
+    kept = np.argsort(mix_ids(ids, draw.seed, draw.salt), kind="stable")[: draw.rows]
+    kept = kept[np.argsort(ids[kept], kind="stable")]
+    vectors = np.empty((len(kept), filled[0][1].shape[1]), np.float32)
+    start = 0
+    for block, rows in filled:
+        mine = (kept >= start) & (kept < start + len(block))
+        vectors[mine] = rows[kept[mine] - start]
+        start += len(block)
+    return ids[kept], vectors
 
 
 def join_blocks(
@@ -189,6 +239,7 @@ def exact_search(
     live: LiveRows,
     queries: Any,  # noqa: ANN401 - a reference
     k: int,
+    exclude: Int64Array | None = None,
 ) -> tuple[Float32Array, Int64Array]:
     """Compare queries with every live vector of a field, a Ray task a group of data files.
 
@@ -198,6 +249,7 @@ def exact_search(
         live: All live rows; the field takes its own of them.
         queries: Reference to (Q, D) float32 unit rows.
         k: K >= 1.
+        exclude: (Q,) int64, a vector id a query that it may not find, as its own; -1: none.
 
     Returns:
         Scores (Q, K) float32, best first, and vector ids (Q, K) int64, padded with -1.
@@ -207,7 +259,7 @@ def exact_search(
     """
 
     def submit(group: tuple[tuple[int, list[str]], list[Any]]) -> Any:  # noqa: ANN401
-        return _exact_block.remote(store, field, group[0], queries, k, *group[1])
+        return _exact_block.remote(store, field, group[0], queries, k, exclude, *group[1])
 
     best: Any = None
     groups = zip(live.files, live.parts, strict=True)
@@ -226,6 +278,8 @@ def _exact_block(
     files: tuple[int, list[str]],
     queries: Float32Array,
     k: int,
+    exclude: Int64Array | None,
     *parts: Records,
 ) -> tuple[Float32Array, Int64Array]:
-    return search_exact(queries, read_blocks(store, field, files, np.concatenate(parts)), k)
+    blocks = read_blocks(store, field, files, np.concatenate(parts))
+    return search_exact(queries, blocks, k, exclude=exclude)

@@ -67,7 +67,14 @@ def publish(store, run, *, folder=None, encoder=ENCODER, command="refresh"):
     """Publish a release of all data files; its image index may lie in an earlier folder."""
     version = store.embeddings().version()
     files = store.embedding_files(version)
-    fields = {"image": write_file(store, b"index of " + run.encode(), run, "image.faiss")}
+    codes = write_file(store, b"index of " + run.encode(), run, "image.faiss")
+    fields = {
+        "image": {
+            "spec": {"dim": 8},
+            "template": write_file(store, b"template", run, "image.template.faiss"),
+            "partitions": [{"ntotal": 0, "codes": codes, "refine": None}],
+        }
+    }
     if folder:
         fields["image"] = read_manifest(store, folder)["fields"]["image"]
     buffer = pa.BufferOutputStream()

@@ -1,12 +1,8 @@
-from itertools import pairwise, product
-
-import faiss
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from indexing import search
 from indexing.metrics import (
     bootstrap_interval,
     intersection_at_k,
@@ -17,124 +13,6 @@ from indexing.metrics import (
     recalls_at_k,
     reciprocal_ranks,
 )
-from indexing.search import group_by_product, merge_topk, search_exact, search_index
-
-faiss.omp_set_num_threads(1)
-
-# All sums over these are exact in float32, so that equal scores are common and truly equal.
-SIGNS = np.array(list(product((-0.5, 0.5), repeat=4)), dtype=np.float32)
-QUERIES = SIGNS[[0, 3, 5]]
-LOWEST = np.finfo(np.float32).min
-
-
-def exact_by_sorting(queries, ids, vectors, k):
-    scores = queries @ vectors.T
-    out_scores = np.full((len(queries), k), LOWEST, dtype=np.float32)
-    out_ids = np.full((len(queries), k), -1, dtype=np.int64)
-    for row, found in enumerate(scores):
-        order = np.lexsort((ids, -found))[:k]
-        out_scores[row, : len(order)] = found[order]
-        out_ids[row, : len(order)] = ids[order]
-    return out_scores, out_ids
-
-
-def assert_same(found, expected):
-    np.testing.assert_array_equal(found[0], expected[0])
-    np.testing.assert_array_equal(found[1], expected[1])
-    assert (found[0].dtype, found[1].dtype) == (np.float32, np.int64)
-
-
-blocks_of_signs = st.lists(st.lists(st.integers(0, 15), max_size=12), max_size=5)
-
-
-@given(choices=blocks_of_signs, k=st.integers(1, 9), max_scores=st.sampled_from([1, 9, 30, 2**24]))
-@settings(max_examples=60, deadline=None)
-def test_search_over_blocks_is_one_sort_over_all(choices, k, max_scores):
-    total = sum(map(len, choices))
-    ids = np.random.default_rng(total).permutation(total)
-    vectors = SIGNS[[choice for block in choices for choice in block]]
-    bounds = np.cumsum([0, *map(len, choices)])
-    spans = [slice(*span) for span in pairwise(bounds)]
-    blocks = [(ids[span], vectors[span]) for span in spans]
-    expected = exact_by_sorting(QUERIES, ids, vectors, k)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "MAX_SCORES", max_scores)
-        assert_same(search_exact(QUERIES, iter(blocks), k), expected)
-    if blocks:
-        parts = [search_exact(QUERIES, [block], k) for block in blocks]
-        assert_same(merge_topk(parts, k), expected)
-
-
-def test_exact_search_agrees_with_faiss():
-    rows = np.random.default_rng(0).standard_normal((320, 16)).astype(np.float32)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    queries, vectors, ids = rows[:20], rows[20:], np.arange(300) * 7
-    index = faiss.IndexIDMap2(faiss.IndexFlatIP(16))
-    index.add_with_ids(vectors, ids)
-    blocks = [(ids[start : start + 90], vectors[start : start + 90]) for start in range(0, 300, 90)]
-    found = search_exact(queries, blocks, 5)
-    scores, expected_ids = search_index(index, queries, 5)
-    np.testing.assert_array_equal(found[1], expected_ids)
-    np.testing.assert_allclose(found[0], scores, atol=1e-6)
-
-
-def test_small_databases_are_padded_alike():
-    ids, vectors = np.array([4, 9]), SIGNS[:2]
-    index = faiss.IndexIDMap2(faiss.IndexFlatIP(4))
-    index.add_with_ids(vectors, ids)
-    expected = exact_by_sorting(QUERIES, ids, vectors, 5)
-    assert_same(search_exact(QUERIES, [(ids, vectors)], 5), expected)
-    assert_same(merge_topk([search_exact(QUERIES, [], 3), expected], 5), expected)
-    found = search_index(index, QUERIES, 5)
-    np.testing.assert_array_equal(found[0], expected[0])
-    assert (found[1][:, 2:] == -1).all()
-
-
-def test_searches_refuse_what_is_wrong():
-    ids, vectors = np.arange(16), SIGNS
-    index = faiss.IndexIDMap2(faiss.IndexFlatIP(4))
-    for call in (
-        lambda: search_index(index, QUERIES, 0),
-        lambda: search_exact(QUERIES, [], 0),
-        lambda: merge_topk([(QUERIES, ids[:12].reshape(3, 4))], 0),
-    ):
-        with pytest.raises(ValueError, match="k is 0"):
-            call()
-    with pytest.raises(ValueError, match="unit length"):
-        search_index(index, QUERIES * 2, 1)
-    with pytest.raises(ValueError, match=r"expected \(Q, D\)"):
-        search_exact(QUERIES[0], [(ids, vectors)], 1)
-    with pytest.raises(ValueError, match="block: shape"):
-        search_exact(QUERIES, [(ids, vectors[:, :3])], 1)
-    with pytest.raises(ValueError, match="16 vectors but ids"):
-        search_exact(QUERIES, [(ids[1:], vectors)], 1)
-    with pytest.raises(ValueError, match="came twice"):
-        search_exact(QUERIES, [(ids, vectors), (ids, vectors)], 2)
-    with pytest.raises(ValueError, match="no results"):
-        merge_topk([], 2)
-    with pytest.raises(ValueError, match="results of shapes"):
-        merge_topk([(QUERIES, ids[:3])], 2)
-
-
-def test_grouping_keeps_the_best_vector_of_each_product():
-    scores = np.array([0.9, 0.8, 0.8, 0.7, LOWEST], dtype=np.float32)
-    ids = np.array([5, 8, 2, 1, -1])
-    products = ["a", "b", "a", "c", ""]
-    grouped = group_by_product(scores, ids, products, 10)
-    assert [(name, vector_id) for name, _, vector_id in grouped] == [("a", 5), ("b", 8), ("c", 1)]
-    assert grouped[0][1] == pytest.approx(0.9)
-    assert group_by_product(scores, ids, products, 2) == grouped[:2]
-    assert group_by_product(scores[:0], ids[:0], [], 2) == []
-    shuffled = [3, 4, 2, 0, 1]
-    again = group_by_product(scores[shuffled], ids[shuffled], [products[i] for i in shuffled], 9)
-    assert again == grouped
-    with pytest.raises(ValueError, match="expected as many"):
-        group_by_product(scores, ids, products[:-1], 2)
-
-
-def test_grouping_breaks_ties_by_the_smaller_id():
-    scores = np.array([0.5, 0.5], dtype=np.float32)
-    assert group_by_product(scores, np.array([9, 3]), ["a", "a"], 5) == [("a", 0.5, 3)]
 
 
 def test_intersection_counts_what_exists():
@@ -146,6 +24,23 @@ def test_intersection_counts_what_exists():
     small = np.array([[1, 2, -1], [2, 1, -1]])
     assert intersection_at_k(small, small, 3) == 1.0
     assert intersection_at_k(np.array([[1, -1, -1], [7, 8, 9]]), small, 3) == pytest.approx(0.25)
+
+
+@given(st.integers(1, 6), st.integers(1, 7), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_intersection_is_that_of_sets(k, n_queries, seed):
+    generator = np.random.default_rng(seed)
+    tables = []
+    for _ in range(2):
+        table = np.array([generator.permutation(9)[:6] for _ in range(n_queries)])
+        tables.append(np.where(np.arange(6) < generator.integers(1, 7, (n_queries, 1)), table, -1))
+    shares = [
+        len((set(found[:k]) & set(exact[:k])) - {-1}) / len(set(exact[:k]) - {-1})
+        for found, exact in zip(*tables, strict=True)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("indexing.metrics.MAX_COMPARED", 2 * k * k)
+        assert intersection_at_k(*tables, k) == pytest.approx(np.mean(shares))
 
 
 def test_intersection_refuses_what_can_not_be_compared():

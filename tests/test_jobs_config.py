@@ -35,14 +35,14 @@ def test_set_overrides_nested_keys_as_yaml(config_file):
             "catalog.columns.product_id=asin",
             "embed.fields=[text]",
             "gate.max_reject_share=0.5",
-            "index.nlist=null",
+            "index.factory=null",
         ],
     )
     assert (config.store, config.catalog.path) == ("s3://b/x", "other")
     assert config.catalog.columns == {"product_id": "asin"}
     assert config.embed.fields == ("text",)
     assert config.gate.max_reject_share == 0.5
-    assert config.index.nlist is None
+    assert config.index.factory is None
 
 
 @pytest.mark.parametrize(

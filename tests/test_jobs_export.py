@@ -26,7 +26,6 @@ from jobs.export_files import FileWriter
 from jobs.export_layout import KEY_COLUMNS, NO_VALUE, ExportOptions, Layout, hive_folders
 from jobs.export_rows import group_files
 from jobs.export_serving import SERVING
-from jobs.ids import Ids
 from jobs.progress import Progress
 from jobs.refresh import refresh
 from jobs.search import open_release, result_rows
@@ -98,7 +97,7 @@ class Shop:
         release = self.store.release(version)
         entry = self.store.read_json("indexes", release.indexes, "manifest.json")["ids"]
         path = self.root / "indexes" / entry["folder"] / entry["file"]
-        return Ids(path, sha256=entry["sha256"]).table.to_pylist()
+        return pq.read_table(path).to_pylist()
 
 
 @pytest.fixture(scope="module")

@@ -265,6 +265,7 @@ def test_only_the_kept_and_what_they_need_stays(local_ray, store, collect, tmp_p
     store.write_text("x", "checkpoints", "f" * 64, "encoder.json")
     store.write_text("x", "embeddings", "generation-000009-lost.parquet")
     store.write_text("x", "training", "old", "state")
+    store.write_text("x", "partials", "a" * 64, "image.faiss")
     age(tmp_path / "store", 8 * DAY_S)
     young = store.write_text("x", "embeddings", "generation-000009-young.parquet")
     rows, before = read_rows(store), paths(store)
@@ -282,6 +283,7 @@ def test_only_the_kept_and_what_they_need_stays(local_ray, store, collect, tmp_p
         "checkpoints": 1,
         "reports of runs": 0,
         "unfinished trainings": 1,
+        "parts of unfinished indexes": 1,
     }
     left = paths(store)
     assert {f"indexes/{RUNS[0]}/image.faiss", "indexes/notes/mine.txt"} <= left

@@ -1,44 +1,51 @@
 """The index stage over a real table and real Ray, without an encoder: IVF-PQ needs 10,000 rows."""
 
 import dataclasses
+import json
 
 import duckdb
-import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
 import ray
 
 from encoders.fusion import FusionSpec
-from indexing.build import add_vectors, read_index, set_nprobe
+from indexing.build import add_vectors
 from indexing.drift import DriftLimits
-from indexing.search import search_index
-from indexing.update import empty_clone
+from indexing.refine import encode_refine
+from indexing.search import SearchPoint, search_index, search_partition, search_partitions
 from jobs.buckets import split_by_bucket
 from jobs.cluster import ray_session
 from jobs.config import IndexConfig, RayConfig
 from jobs.diff import Plan
 from jobs.embed_write import write_data_file
-from jobs.errors import ConfigError
+from jobs.errors import ConfigError, StoreError
 from jobs.index import IndexJob, build_index, choose_spec, reasons_to_retrain
+from jobs.index_files import open_index, open_partitions, read_files
 from jobs.items import PLAN_DTYPE
 from jobs.live import STALE_DTYPE, join_live
+from jobs.partials import PARTIALS, RECORD
 from jobs.schemas import EMBEDDINGS
 from jobs.space import VectorField
 from jobs.store import Store
-from jobs.vectors import concatenate, mix_ids, sample_vectors
+from jobs.vectors import Draw, join_sample, mix_ids, sample_vectors
 
 ROWS, DIM, FILES = 12_000, 32, 3
 IMAGE = VectorField(name="image", dim=DIM, fusion=FusionSpec())
 
 
-def make_table(store):
-    """Commit clustered unit vectors as image embeddings in three files; return ids and vectors."""
+def make_table(store, *, spread=False):
+    """Commit clustered unit vectors as image embeddings in three files; return ids and vectors.
+
+    Args:
+        store: Where to.
+        spread: Whether ids are all over the range, as a catalog's; else they are all small.
+    """
     random = np.random.default_rng(0)
     centers = random.standard_normal((200, DIM))
     vectors = centers[random.integers(0, 200, ROWS)] + 0.5 * random.standard_normal((ROWS, DIM))
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-    ids = np.sort(random.choice(2**40, ROWS, replace=False))
+    ids = np.sort(random.choice(2**40, ROWS, replace=False)) << (23 if spread else 0)
     files = []
     store.embeddings()
     for part in np.array_split(random.permutation(ROWS), FILES):
@@ -82,9 +89,22 @@ def make_live(store, ids, buckets=1):
 
 
 def make_job(store, live, folder, config=None, **values):
-    values = {"sample_rows": 300, "base": None, "retrain": ()} | values
-    config = config or IndexConfig()
-    return IndexJob(store=store, field=IMAGE, live=live, config=config, folder=folder, **values)
+    values = {"sample_rows": 300, "base": None, "retrain": (), "labelled": None} | values
+    where = {"store": store, "field": IMAGE, "live": live, "folder": folder, "ids": {}}
+    return IndexJob(config=config or IndexConfig(), **where, **values)
+
+
+def build(store, live, folder, config=None, **values):
+    return build_index(make_job(store, live, folder, config, **values), quiet).index
+
+
+def entry(index):
+    """What a manifest says of an index."""
+    return json.loads(json.dumps(dataclasses.asdict(index)))
+
+
+def opened(store, index):
+    return open_partitions(store, read_files(entry(index)))
 
 
 def quiet(step):
@@ -95,31 +115,82 @@ def test_ivf_pq_is_trained_filled_merged_and_measured(session, tmp_path):
     store = Store(str(tmp_path))
     ids, vectors = make_table(store)
     built = [
-        build_index(make_job(store, make_live(store, ids, buckets), run), quiet)
+        build(store, make_live(store, ids, buckets), run)
         for run, buckets in (("one", 1), ("two", 4))
     ]
-    assert built[0].factory.startswith("IVF")
-    assert "PQ" in built[0].factory
-    assert built[0].action == "trained"
-    assert (built[0].ntotal, built[0].missing, built[0].extra) == (ROWS, 0, 0)
-    assert built[0].intersection_at_10 > 0.6
-    assert built[0].self_retrieval > 0.9
-    assert built[0].measured_queries == 300
-    assert len(built[0].curve) > 1
-    assert built[0].sha256 == built[1].sha256  # the same table gives the same file
-    faiss.omp_set_num_threads(1)
-    path = tmp_path / "indexes" / "one" / "image.faiss"
-    index = read_index(path, sha256=built[0].sha256)
-    found = search_index(index, vectors[:20], 1)[1][:, 0]
-    assert (found == ids[:20]).mean() > 0.5
+    one = built[0]
+    assert one.factory.startswith("IVF")
+    assert "PQ" in one.factory
+    assert one.factory.endswith("Refine(SQ8)")
+    assert one.action == "trained"
+    assert (one.ntotal, one.measured.missing, one.measured.extra) == (ROWS, 0, 0)
+    assert one.measured.intersection_at_10 >= 0.95
+    assert one.measured.self_retrieval > 0.9
+    assert (one.measured.queries, one.measured.ambiguous) == (300, 0)
+    assert len(one.curve) > 1
+    assert one.point in [point["point"] for point in entry(one)["curve"]]
+    # The same table gives the same files.
+    for kind in ("codes", "refine"):
+        assert len({getattr(index.partitions[0], kind).sha256 for index in built}) == 1
+    (partition,) = opened(store, one)
+    found = search_partition(partition, unit(vectors[:20]), 1, SearchPoint(**one.point))[1][:, 0]
+    assert (found == ids[:20]).mean() > 0.9
+
+
+def test_partitions_hold_what_one_file_would(session, tmp_path):
+    store = Store(str(tmp_path))
+    ids, vectors = make_table(store, spread=True)
+    live = make_live(store, ids)
+    whole = build(store, live, "whole")
+    config = IndexConfig(max_partition_vectors=4000)
+    parted = build(store, live, "parted", config)
+    assert (len(whole.partitions), len(parted.partitions)) == (1, 4)
+    assert max(part.ntotal for part in parted.partitions) < 4000
+    assert (parted.ntotal, parted.measured.missing, parted.measured.extra) == (ROWS, 0, 0)
+    assert parted.measured.intersection_at_10 >= 0.95
+    assert parted.template.sha256 == whole.template.sha256
+    point = SearchPoint(nprobe=16, rerank=100)
+    expected = search_partitions(opened(store, whole), unit(vectors[:50]), 10, point)
+    found = search_partitions(opened(store, parted), unit(vectors[:50]), 10, point)
+    # A partition re-ranks a hundred of its own: never less is found than by one file.
+    assert (found[0] >= expected[0] - 1e-6).all()
+
+
+def test_a_build_goes_on_from_the_parts_that_are_whole(session, tmp_path):
+    store = Store(str(tmp_path))
+    ids, _ = make_table(store)
+    first = build_index(make_job(store, make_live(store, ids), "first"), quiet)
+    assert len(first.partials) == len(list((tmp_path / PARTIALS).iterdir())) > 2
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / PARTIALS).rglob("*.*")}
+    lost = tmp_path / PARTIALS / first.partials[1]  # as if the task had been killed while it wrote
+    (lost / RECORD).unlink()
+    again = build(store, make_live(store, ids), "again")
+    kept = {path for path, time in written.items() if path.stat().st_mtime_ns == time}
+    assert kept == {path for path in written if lost not in path.parents}
+    assert again.partitions[0].codes.sha256 == first.index.partitions[0].codes.sha256
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_part_is_refused_and_made_anew(session, tmp_path, damage):
+    store = Store(str(tmp_path))
+    ids, _ = make_table(store)
+    first = build_index(make_job(store, make_live(store, ids), "first"), quiet)
+    path = next((tmp_path / PARTIALS / first.partials[1]).glob("*.faiss"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data if damage == "flipped" else data[:-1])
+    with pytest.raises(StoreError, match=r"is corrupted.*run the command again"):
+        build(store, make_live(store, ids), "second")
+    again = build(store, make_live(store, ids), "third")
+    assert again.partitions[0].codes.sha256 == first.index.partitions[0].codes.sha256
 
 
 def test_removed_and_older_rows_are_not_indexed(session, tmp_path):
     store = Store(str(tmp_path))
     ids, _ = make_table(store)
     kept = ids[::2]
-    index = build_index(make_job(store, make_live(store, kept), "run"), quiet)
-    assert (index.ntotal, index.missing, index.extra) == (len(kept), 0, 0)
+    index = build(store, make_live(store, kept), "run")
+    assert (index.ntotal, index.measured.missing, index.measured.extra) == (len(kept), 0, 0)
 
 
 def with_release(live, ids):
@@ -143,33 +214,40 @@ def with_release(live, ids):
     )
 
 
-def test_a_trained_index_is_updated_beside_the_old_one(session, tmp_path):
+@pytest.mark.parametrize("most", [20_000, 4000])
+def test_a_trained_index_is_updated_beside_the_old_one(session, tmp_path, most):
+    """Also into more files than it had: they are split, nothing is added again."""
     store = Store(str(tmp_path))
-    ids, vectors = make_table(store)
+    ids, vectors = make_table(store, spread=True)
     before, after = ids[:-200], ids[100:]
-    old = build_index(make_job(store, make_live(store, before), "old"), quiet)
+    old = build(store, make_live(store, before), "old")
     live = with_release(make_live(store, after), before)
-    job = make_job(store, live, "new", base=dataclasses.asdict(old))
-    new = build_index(job, quiet)
-    assert (new.action, new.folder, new.trained) == ("updated", "new", old.trained)
+    new = build(store, live, "new", IndexConfig(max_partition_vectors=most), base=entry(old))
+    assert (new.action, new.template) == ("updated", old.template)
+    assert new.trained == entry(old)["trained"]
+    assert len(new.partitions) == (1 if most > ROWS else 4)
+    assert {part.codes.folder for part in new.partitions} == {"new"}
     assert "200 vectors added, 100 removed" in new.reasons[0]
-    assert (new.ntotal, new.missing, new.extra) == (len(after), 0, 0)
-    assert new.overlap_at_10 > 0.8
-    opened = [
-        read_index(tmp_path / "indexes" / one.folder / one.file, sha256=one.sha256)
-        for one in (old, new)
-    ]
-    fresh = add_vectors(empty_clone(opened[0]), after, unit(vectors[100:]))
-    for index in (fresh, opened[1]):
-        set_nprobe(index, 8)
-    expected, found = (search_index(i, vectors[:50], 10) for i in (fresh, opened[1]))
+    assert (new.ntotal, new.measured.missing, new.measured.extra) == (len(after), 0, 0)
+    assert new.measured.overlap_at_10 > 0.8
+    template = open_index(store, new.template, mapped=False)
+    fresh = add_vectors(template, after, unit(vectors[100:]))
+    queries, point = unit(vectors[:50]), SearchPoint(nprobe=8)
+    expected = search_index(fresh, queries, 10, point)
+    found = search_partitions(
+        [dataclasses.replace(part, refine=None) for part in opened(store, new)], queries, 10, point
+    )
     np.testing.assert_allclose(expected[0], found[0], atol=1e-6)
     above = expected[0] > expected[0][:, -1:] + 1e-6  # equal scores may end the list either way
     for one, other, kept in zip(expected[1], found[1], above, strict=True):
         assert set(one[kept].tolist()) <= set(other.tolist())
+    stored = [part.refine for part in opened(store, new)]
+    assert np.concatenate([part.ids for part in stored]).tolist() == after.tolist()
+    codes = np.concatenate([part.codes for part in stored])
+    np.testing.assert_array_equal(codes, encode_refine("sq8", unit(vectors[100:])))
     same = with_release(make_live(store, after), after)
-    kept = build_index(make_job(store, same, "third", base=dataclasses.asdict(new)), quiet)
-    assert (kept.action, kept.folder, kept.sha256) == ("kept", "new", new.sha256)
+    kept = build(store, same, "third", base=entry(new))
+    assert (kept.action, kept.partitions) == ("kept", new.partitions)
 
 
 def unit(vectors):
@@ -180,11 +258,10 @@ def unit(vectors):
 def test_drift_trains_anew_and_says_why(session, tmp_path):
     store = Store(str(tmp_path))
     ids, _ = make_table(store)
-    old = build_index(make_job(store, make_live(store, ids[:10_000]), "old"), quiet)
+    old = build(store, make_live(store, ids[:10_000]), "old")
     live = with_release(make_live(store, ids), ids[:10_000])
     config = IndexConfig(drift=DriftLimits(max_size_growth=1.1))
-    job = make_job(store, live, "new", config, base=dataclasses.asdict(old))
-    new = build_index(job, quiet)
+    new = build(store, live, "new", config, base=entry(old))
     assert (new.action, new.ntotal, new.trained["run"]) == ("trained", ROWS, "new")
     assert any("12,000 vectors" in reason and "1.1" in reason for reason in new.reasons)
 
@@ -194,7 +271,8 @@ def test_drift_trains_anew_and_says_why(session, tmp_path):
     [
         ({}, 12_000, []),
         ({"seed": 1}, 12_000, ["index.seed was 0"]),
-        ({"nlist": 64}, 12_000, ["asks for IVF64"]),
+        ({"factory": "IVF64,SQ8"}, 12_000, ["asks for IVF64,SQ8"]),
+        ({"memory_budget_mb": 1}, 12_000, ["index.memory_budget_mb was None"]),
         ({}, 500, ["better held by Flat"]),
     ],
 )
@@ -210,7 +288,7 @@ def test_what_forbids_an_update(config, ntotal, words):
 def test_impossible_index_is_a_config_error(session, tmp_path):
     store = Store(str(tmp_path))
     ids, _ = make_table(store)
-    config = IndexConfig(nlist=4096, pq_m=8)
+    config = IndexConfig(factory="IVF4096,PQ8np")
     with pytest.raises(ConfigError, match="training rows"):
         build_index(make_job(store, make_live(store, ids), "r", config), quiet)
 
@@ -230,8 +308,8 @@ def test_a_sample_is_the_rows_with_the_smallest_keys(session, tmp_path, rows):
     store = Store(str(tmp_path))
     ids, vectors = make_table(store)
     live = make_live(store, ids, 2).rows
-    parts = sample_vectors(store, IMAGE, live, rows=rows, seed=3, salt="x")
-    found, sample = concatenate(tuple(ray.get(parts)), rows=rows, seed=3, salt="x")
+    draw = Draw(rows=rows, seed=3, salt="x")
+    found, sample = join_sample(ray.get(sample_vectors(store, IMAGE, live, draw)), draw)
     wanted = np.sort(ids[np.argsort(mix_ids(ids, 3, "x"))[:rows]])
     assert found.tolist() == wanted.tolist()
     if rows:

@@ -185,7 +185,7 @@ def test_nothing_to_do_publishes_nothing(built, rows):
 
 
 def test_another_configuration_is_built_without_embedding(shop):
-    result = shop.refresh(index={"nlist": 1})
+    result = shop.refresh(index={"factory": "IVF1,Flat"})
     assert (result.release, result.embedded) == (2, 0)
     index = shop.report(result)["indexes"][0]
     assert (index["action"], index["factory"]) == ("trained", "IVF1,Flat")
@@ -312,7 +312,9 @@ def test_two_refreshes_at_once_one_wins(shop, rows):
 
 def test_reindex_embeds_nothing_and_publishes(shop):
     first = shop.store().release()
-    result = reindex(shop.config(index={"nlist": 1}, gate={"min_overlap_at_10": 0}), QUIET)
+    result = reindex(
+        shop.config(index={"factory": "IVF1,Flat"}, gate={"min_overlap_at_10": 0}), QUIET
+    )
     assert (result.release, result.embedded, result.published) == (2, 0, True)
     report = shop.report(result)
     assert (report["command"], report["rows"]) == ("reindex", first.rows)
@@ -320,12 +322,12 @@ def test_reindex_embeds_nothing_and_publishes(shop):
     assert all(index["missing"] == index["extra"] == 0 for index in report["indexes"])
     queries = ["red shoe"]
     assert len(answers(shop.searcher(), queries)[0]) == PRODUCTS
-    after = shop.refresh(index={"nlist": 1})  # the gate makes no other release
+    after = shop.refresh(index={"factory": "IVF1,Flat"})  # the gate makes no other release
     assert (after.release, after.published) == (2, False)
 
 
 def test_a_candidate_is_left_for_evaluate(shop):
-    config = shop.config(index={"nlist": 1})
+    config = shop.config(index={"factory": "IVF1,Flat"})
     result = reindex(config, QUIET, publish=False)
     assert (result.published, result.release, result.candidate) == (False, 1, result.run)
     assert len(shop.store().releases()) == 1

@@ -194,7 +194,13 @@ def test_first_release_has_nothing_before_it(tmp_path, config):
         rollback(config.model_copy(update={"store": store.root}), QUIET)
 
 
-INDEX_FILES = ("manifest.json", "image.faiss", "ids.parquet", "rows.parquet")
+INDEX_FILES = (
+    "manifest.json",
+    "image.faiss",
+    "image.template.faiss",
+    "ids.parquet",
+    "rows.parquet",
+)
 FAULTS = [("missing", part) for part in (*INDEX_FILES, "encoder.json", "generation-000001")]
 
 

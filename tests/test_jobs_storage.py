@@ -3,22 +3,27 @@
 import threading
 import uuid
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from aiohttp import ClientPayloadError
 from fsspec.implementations.local import LocalFileSystem
 
+from encoders.fusion import FusionSpec
 from indexing.build import add_vectors, train_index, write_index
 from indexing.spec import IndexSpec
 from jobs import exact, index_tasks
+from jobs.cluster import ray_session
+from jobs.config import RayConfig
 from jobs.embed_write import write_data_file
 from jobs.errors import StoreError
-from jobs.index_tasks import IndexFile
+from jobs.index_files import FieldFiles, PartitionFiles, open_index, upload_file
+from jobs.index_tasks import Changes, Target
 from jobs.release_files import read_file_names
 from jobs.schemas import EMBEDDINGS, RELEASES
+from jobs.space import VectorField
 from jobs.state import read_data_file, read_row_groups
 from jobs.storage import fetch_folder, parquet_errors
 from jobs.store import DataFile, Store
@@ -170,30 +175,32 @@ def test_data_file_that_cannot_be_written(store):
 def index(store, tmp_path):
     """A written flat index of ids 0 to 9."""
     vectors = np.eye(10, 16, dtype=np.float32)
-    spec = IndexSpec(dim=16, nlist=0, pq_m=0)
+    spec = IndexSpec(dim=16)
     filled = add_vectors(train_index(spec, vectors, seed=0), np.arange(10), vectors)
     path = tmp_path / "image.faiss"
     sha256 = write_index(filled, path)
-    store.upload(path, "indexes", "run", path.name)
-    return IndexFile(
-        folder="run", file=path.name, sha256=sha256, size_bytes=path.stat().st_size, ntotal=10
-    )
+    return upload_file(store, path, sha256, "run", path.name)
 
 
 def test_damaged_index_is_one_line(store, index):
-    assert index_tasks._open(store, index).ntotal == 10
+    assert open_index(store, index, mapped=False).ntotal == 10
     store.write_text("damaged", "indexes", "run", "image.faiss")
     with pytest.raises(StoreError, match=r"indexes/run: .*image\.faiss is corrupted"):
-        index_tasks._open(store, index)
+        open_index(store, index, mapped=True)
 
 
 def test_index_that_does_not_hold_what_its_release_says(store, index):
     stale = np.zeros(1, [("vector_id", "<i8"), ("all", "?")])
     stale["vector_id"], stale["all"] = 77, True
-    update = index_tasks.update._function
-    template = faiss.serialize_index(index_tasks._open(store, index))
-    with pytest.raises(StoreError, match=r"image\.faiss doesn't fit its release .*reindex"):
-        update(store, index, "next", "image.faiss", [], "all", template)
+    spec = IndexSpec(dim=16)
+    partition = PartitionFiles(ntotal=10, codes=index, refine=None)
+    base = FieldFiles(spec=spec, template=index, partitions=(partition,))
+    field = VectorField(name="image", dim=16, fusion=FusionSpec())
+    target = Target(store=store, field=field, spec=spec, folder="next", partitions=1)
+    with ray_session(RayConfig(object_store_mb=100)):
+        changes = Changes(base=base, stale=[ray.put(stale)], mark="all")
+        with pytest.raises(StoreError, match=r"image\.faiss doesn't fit its release .*reindex"):
+            index_tasks.merge._function(target, index, 0, changes)
 
 
 def test_damaged_ids_are_one_line(store, tmp_path):

@@ -76,7 +76,10 @@ def test_another_weight_embeds_nothing_and_answers_like_a_fresh_store(products, 
     weighted = three | {"image_weight": 0.9, "query_image_weight": 0.2}
     last, after, changed = run_refresh(store, catalog, embed=weighted)
     assert [one.embedded, two.embedded, last.embedded] == [ROWS, 0, 0]
-    sha256 = [{i["field"]: i["sha256"] for i in r["indexes"]} for r in (before, after)]
+    sha256 = [
+        {i["field"]: i["partitions"][0]["codes"]["sha256"] for i in r["indexes"]}
+        for r in (before, after)
+    ]
     assert sha256[0]["image"] == sha256[1]["image"]
     assert sha256[0]["multimodal"] != sha256[1]["multimodal"]
     assert searcher.manifest["query"]["fusion"]["image_weight"] == 0.5

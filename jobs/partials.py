@@ -1,0 +1,128 @@
+"""Parts of an index that is being built, spilled to the store under the hash of what they hold.
+
+A build that is killed finds them again: the same rows, filled into the same trained template, have
+the same name. A part counts once its record is there, which is written last.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import StoreError
+from jobs.files import delete_files, list_files
+from jobs.storage import file_sha256, storage_errors
+from jobs.store import Store
+
+PARTIALS = "partials"
+RECORD = "record.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialFile:
+    """One file of a part, and the sha256 (hex) of its bytes."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partial:
+    """A part that is whole.
+
+    Attributes:
+        key: Its name: the hash of what it holds.
+        counts: How many vectors each of its partitions holds.
+    """
+
+    key: str
+    files: tuple[PartialFile, ...]
+    counts: tuple[int, ...] = ()
+
+    def file(self, name: str) -> PartialFile:
+        """Return a file's record.
+
+        Raises:
+            KeyError: It has no such file.
+        """
+        return {one.name: one for one in self.files}[name]
+
+
+def make_key(*parts: str | bytes | memoryview) -> str:
+    """Return the sha256 (hex) of some texts and bytes, in their order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = memoryview(part.encode() if isinstance(part, str) else part)
+        digest.update(data.nbytes.to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def find_partial(store: Store, key: str) -> Partial | None:
+    """Return a part that an earlier try wrote, or None.
+
+    Raises:
+        StoreError: Its record can't be read.
+    """
+    address = store.uri(PARTIALS, key, RECORD)
+    with storage_errors(address, "read"):
+        if not store.filesystem().exists(address):
+            return None
+    values: dict[str, Any] = store.read_json(PARTIALS, key, RECORD)
+    try:
+        files = tuple(PartialFile(**one) for one in values["files"])
+        return Partial(key=key, files=files, counts=tuple(values["counts"]))
+    except (KeyError, TypeError) as error:
+        raise StoreError(f"{address} is corrupted: no {error}") from error
+
+
+def put_partial(
+    store: Store, key: str, paths: Sequence[tuple[Path, str]], counts: Sequence[int]
+) -> Partial:
+    """Upload the files of a part, then its record.
+
+    Args:
+        store: The store.
+        key: From `make_key`.
+        paths: Local files and their sha256 (hex).
+        counts: How many vectors each partition holds.
+
+    Raises:
+        StoreError: The storage does not answer.
+    """
+    for path, _ in paths:
+        store.upload(path, PARTIALS, key, path.name)
+    files = tuple(PartialFile(name=path.name, sha256=sha256) for path, sha256 in paths)
+    partial = Partial(key=key, files=files, counts=tuple(counts))
+    store.write_text(json.dumps(asdict(partial)), PARTIALS, key, RECORD)
+    return partial
+
+
+def fetch_partial(store: Store, partial: Partial, name: str, scratch: Path) -> Path:
+    """Return a local path of one file of a part, once its bytes are proved unchanged.
+
+    Raises:
+        StoreError: The file is missing or damaged; its record is deleted then, so that the next
+            run makes the part anew.
+    """
+    path = store.local_copy(scratch, PARTIALS, partial.key, name)
+    found, expected = file_sha256(path), partial.file(name).sha256
+    if found != expected:
+        delete_files(store, [f"{PARTIALS}/{partial.key}/{RECORD}"])
+        raise StoreError(
+            f"{store.uri(PARTIALS, partial.key, name)} is corrupted: sha256 {found}, expected "
+            f"{expected}; it is left out now: run the command again, and it is made anew"
+        )
+    return path
+
+
+def delete_partials(store: Store, keys: Sequence[str]) -> None:
+    """Delete parts: their records first, so that none is half there.
+
+    Raises:
+        StoreError: A file can't be deleted.
+    """
+    files = [file.path for key in keys for file in list_files(store, PARTIALS, key)]
+    delete_files(store, sorted(files, key=lambda path: not path.endswith(RECORD)))

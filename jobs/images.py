@@ -6,7 +6,6 @@ Where the bytes come from is `jobs.fetch`.
 
 import dataclasses
 import enum
-import hashlib
 import io
 import struct
 import warnings
@@ -15,6 +14,8 @@ from typing import ClassVar, Final, Literal
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError, features
+
+from jobs.schemas import hash63
 
 # Pillow refuses by itself above twice MAX_IMAGE_PIXELS: a larger limit of ours could not hold.
 LARGEST_MAX_PIXELS: Final = 178_956_970
@@ -194,8 +195,7 @@ def hash_limits(config: ImagesConfig, max_text_chars: int) -> int:
         An int in [1, 2**63).
     """
     limits = (config.max_bytes, config.max_pixels, sorted(config.http_hosts), max_text_chars)
-    digest = hashlib.blake2b(repr(limits).encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 1) | 1
+    return hash63([repr(limits).encode()]) or 1
 
 
 def check_size(count_bytes: int, config: ImagesConfig) -> None:

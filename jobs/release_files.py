@@ -144,13 +144,5 @@ def read_candidates(store: Store, *, since: float, published: Sequence[Release])
     for file in list_files(store, "indexes"):
         _, folder, *rest = file.path.split("/")
         if rest == [CANDIDATE] and folder not in known and file.modified_at >= since:
-            found.append(_read_candidate(store, folder))
+            found.append(store.candidate(folder))
     return found
-
-
-def _read_candidate(store: Store, folder: str) -> Release:
-    try:
-        return Release(**store.read_json("indexes", folder, CANDIDATE))
-    except TypeError as error:
-        address = store.uri("indexes", folder, CANDIDATE)
-        raise StoreError(f"{address} is corrupted: {error}") from error

@@ -57,29 +57,42 @@ def write_report(
 
 
 def _draw_curve(index: dict[str, Any]) -> str:
-    """Draw what an index finds against the time that it takes; nothing for a single point."""
+    """Draw what an index finds, and the time it takes, against the bytes that a query touches.
+
+    Nothing for a single point.
+    """
     curve = index["curve"]
     if len(curve) < 2:
         return ""
-    named = {
+    shares = {
         "intersection@10": "intersection",
         "of street queries": "labelled_intersection",
         "recall@10": "recall",
     }
-    lines: dict[str, Line] = {
-        name: ([one["latency_p50_ms"] for one in curve], [one[key] for one in curve])
-        for name, key in named.items()
-        if curve[0][key] is not None
-    }
+    times = {"median": "latency_p50_ms", "99th percentile": "latency_p99_ms"}
     chosen = next(one for one in curve if one["point"] == index["point"])
-    lines["chosen point"] = ([chosen["latency_p50_ms"]], [chosen["intersection"]])
+    x_label = "kB that a query touches"
     return draw_lines(
-        lines,
-        title=f"{index['field']}: what a search finds, and how long it takes",
-        x_label="median milliseconds of a query by itself",
+        _lines(curve, shares) | {"chosen point": _line([chosen], "intersection")},
+        title=f"{index['field']}: what a search finds",
+        x_label=x_label,
         y_label="share",
         marks=True,
+    ) + draw_lines(
+        _lines(curve, times) | {"chosen point": _line([chosen], "latency_p50_ms")},
+        title=f"{index['field']}: how long a query takes by itself",
+        x_label=x_label,
+        y_label="ms",
+        marks=True,
     )
+
+
+def _lines(curve: Sequence[dict[str, Any]], named: dict[str, str]) -> dict[str, Line]:
+    return {n: _line(curve, key) for n, key in named.items() if curve[0][key] is not None}
+
+
+def _line(curve: Sequence[dict[str, Any]], key: str) -> Line:
+    return [one["cost"] / 1e3 for one in curve], [one[key] for one in curve]
 
 
 def write_idle_report(

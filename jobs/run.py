@@ -6,7 +6,6 @@ and the stage; `VITRINE_LOG=json` prints the same lines on standard error as the
 
 import contextlib
 import io
-import json
 import os
 import sys
 import time
@@ -117,9 +116,3 @@ class Run:
         if not self._writes:
             return
         self.store.write_text(self._sink.getvalue(), "runs", self.run_id, "log.jsonl")
-
-
-def read_log(store: Store, run: str) -> list[dict[str, Any]]:
-    """Read a run's log, oldest event first."""
-    with store.filesystem().open(store.uri("runs", run, "log.jsonl"), "rb") as file:
-        return [json.loads(line) for line in file.read().decode().splitlines()]

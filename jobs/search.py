@@ -4,8 +4,9 @@
 """
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 from encoders.checkpoint import load_encoder, load_tokenizers
 from encoders.encoder import Encoder
 from indexing.search import SearchPoint, group_by_product, search_partitions, search_pool
+from indexing.topk import PADDING_ID
 from jobs.contract import QueryEncoder, check_contract, check_encoder, read_contract
 from jobs.embed_steps import checkpoint_cache
 from jobs.errors import FingerprintError, JobError, StoreError
@@ -31,6 +33,8 @@ Int64Array = npt.NDArray[np.int64]
 FORMAT_VERSION = 4
 MANIFEST_KEYS = {"encoder", "fields", "ids", "products", "query"}
 FIELD_ORDER = ("multimodal", "image", "text")
+DEEPER = 4  # times as many vectors, where the first hold too few products
+SearchIds = Callable[[Float32Array, int], tuple[Float32Array, Int64Array]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,13 +229,11 @@ class Searcher:
         name = self._field(field)
         if k < 1:
             raise JobError(f"k is {k}, expected at least 1")
+        search = partial(self.search_ids, field=name, only=self.select(only), point=point)
         try:
-            scores, ids = self.search_ids(
-                queries, self.depth(k, name), field=name, only=self.select(only), point=point
-            )
+            return self._search_products(queries, k, self.depth(k, name), search)
         except ValueError as error:
             raise JobError(str(error)) from error
-        return [self._products(s, i, k) for s, i in zip(scores, ids, strict=True)]
 
     def search_ids(
         self,
@@ -275,7 +277,7 @@ class Searcher:
         return self.ids.select_products([only] if isinstance(only, str) else only)
 
     def depth(self, k: int, field: str) -> int:
-        """Return how many vectors of a field are looked at for k products.
+        """Return how many vectors of a field are looked at first for k products.
 
         Several images a product share one place in the answer, so that it is more than k.
         """
@@ -289,6 +291,22 @@ class Searcher:
         if name not in self.indexes:
             raise JobError(f"the release has no field {name!r}; it has {', '.join(self.fields)}")
         return name
+
+    def _search_products(
+        self, queries: Float32Array, k: int, depth: int, search: SearchIds
+    ) -> list[list[Result]]:
+        """Return each query's products, from so many vectors, or from more where those are few.
+
+        A product may have far more images than most, and take all of the first places.
+        """
+        scores, ids = search(queries, depth)
+        found = [self._products(s, i, k) for s, i in zip(scores, ids, strict=True)]
+        short = [n for n, one in enumerate(found) if len(one) < k and ids[n, -1] != PADDING_ID]
+        if short:
+            deeper = self._search_products(queries[short], k, DEEPER * depth, search)
+            for number, results in zip(short, deeper, strict=True):
+                found[number] = results
+        return found
 
     def _products(self, scores: Float32Array, ids: Int64Array, k: int) -> list[Result]:
         scores, ids = scores[ids >= 0], ids[ids >= 0]

@@ -27,6 +27,7 @@ from jobs.delta import append_files, create_table, open_table, read_actions, tab
 from jobs.errors import PublishConflictError, StoreError
 from jobs.schemas import EMBEDDINGS, RELEASES
 from jobs.storage import (
+    StorageError,
     fetch_file,
     fetch_folder,
     one_line,
@@ -317,10 +318,12 @@ class Store:
         """Return a release that a run built and did not publish.
 
         Raises:
-            StoreError: There is none of that run.
+            StoreError: There is none of that run, it is damaged, or the storage does not answer.
         """
         try:
             return Release(**self.read_json("indexes", run, "release.json"))
+        except StorageError:
+            raise
         except (TypeError, StoreError) as error:
             raise StoreError(
                 f"store {self.root} has no candidate {run!r}: `vitrine reindex --no-publish` "

@@ -416,7 +416,7 @@ def test_command_line_on_s3(tmp_path, run_vitrine, monkeypatch):
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout)
         assert (result["kept"], result["dropped"]) == ([3, 2], [1])
-        assert result["removed"]["index files"]["files"] == 4
+        assert result["removed"]["index files"]["files"] == 5
         assert result["compaction"]["dropped_rows"] == 20
         assert len(read_rows(store)) == 10
         assert live_leases(store) == []

@@ -248,10 +248,20 @@ def test_a_second_open_maps_what_is_there(tmp_path):
         opened = list(pool.map(lambda _: table.open(), range(4)))
     assert {len(ids) for ids in opened} == {24}
     inode = table.arrow.stat().st_ino
-    table.parquet.unlink()
     assert len(table.open()) == 24
     assert table.arrow.stat().st_ino == inode
     assert {path.name for path in table.cache.iterdir()} == {"lock", table.arrow.name}
+
+
+@pytest.mark.parametrize(("damage", "words"), [("flipped", "is corrupted"), ("gone", "is missing")])
+def test_a_damaged_release_is_refused_though_it_is_cached(tmp_path, damage, words):
+    table = Table(tmp_path, make_rows())
+    table.open()
+    content = bytearray(table.parquet.read_bytes())
+    content[len(content) // 2] ^= 1
+    table.parquet.write_bytes(content) if damage == "flipped" else table.parquet.unlink()
+    with pytest.raises(StoreError, match=words):
+        table.open()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])

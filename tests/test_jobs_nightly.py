@@ -20,7 +20,6 @@ from jobs.preview import Preview
 from jobs.progress import Progress
 from jobs.refresh import preview_refresh, refresh
 from jobs.reindex import reindex
-from jobs.run import read_log
 from jobs.sample import write_sample
 from jobs.search import Searcher
 from jobs.store import Store
@@ -28,6 +27,12 @@ from jobs.store import Store
 PRODUCTS = 60
 REPOSITORY = Path(__file__).resolve().parent.parent
 QUIET = Progress(quiet=True)
+
+
+def read_log(store, run):
+    """A run's log, oldest event first."""
+    text = Path(store.uri("runs", run, "log.jsonl")).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 @pytest.fixture(scope="module", autouse=True)

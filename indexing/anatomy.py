@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from indexing.vectors import Float32Array, Int64Array
 
-ROTATED_AT_ONCE = 2**18  # values rotated at once: 2 MiB in float64, what a core keeps near it
+ROTATED_AT_ONCE = 2**21  # values rotated at once: 16 MiB in float64, so that threads seldom wait
 COPIED_AT_ONCE = 2**22  # values of a flat index copied at once: 16 MiB
 SUBSET_BY_ID_RANGE = 0  # InvertedLists::SUBSET_TYPE_ID_RANGE, which FAISS's stubs lack
 NO_BOUND = 2**63 - 1  # FAISS takes no larger bound: the id 2**63 - 1 itself lies in no range
@@ -124,7 +124,9 @@ def rotate(index: faiss.Index, vectors: Float32Array) -> Float32Array:
 
     FAISS multiplies in float32, where a row's last bits depend on the rows beside it and on the
     number of threads: a vector's SQ8 code then differs between one build and a merged one. Summed
-    in float64 and rounded once, it doesn't.
+    in float64 and rounded once, it doesn't. Blocks of one fixed shape aren't enough: in OpenBLAS's
+    AVX2 kernels a row's bits depend on its place in the block (its AVX-512 kernels have no such
+    fault). It costs 6.6 microseconds a vector and core from 512 to 256 dimensions, float32 3.0.
 
     Args:
         index: An index with or without rotation.
@@ -147,12 +149,14 @@ def apply_linear(
     """Apply a trained linear transform to (N, D) float32 vectors; see `rotate`."""
     shape = transform.d_out, transform.d_in
     matrix = faiss.vector_to_array(transform.A).reshape(shape).astype(np.float64).T
-    bias = faiss.vector_to_array(transform.b) if transform.have_bias else 0.0
+    bias = faiss.vector_to_array(transform.b) if transform.have_bias else np.zeros(1)
     applied = np.empty((len(vectors), transform.d_out), dtype=np.float32)
     step = max(1, ROTATED_AT_ONCE // transform.d_in)
     for start in range(0, len(vectors), step):
-        block = vectors[start : start + step].astype(np.float64)
-        applied[start : start + step] = block @ matrix + bias
+        product = vectors[start : start + step].astype(np.float64) @ matrix
+        if bias.any():
+            product += bias
+        applied[start : start + step] = product
     return applied
 
 

@@ -7,13 +7,14 @@ from jobs.catalog import Catalog
 from jobs.config import JobConfig
 from jobs.contract import read_contract
 from jobs.diff import Plan
-from jobs.gate import Built, read_placeholders, summarize_rows
+from jobs.gate import Built, summarize_rows
 from jobs.ids import write_ids
 from jobs.index import FieldIndex, IndexJob, build_index, reasons_to_retrain
 from jobs.labelled import Labelled, encode_labelled
 from jobs.leases import live_leases
 from jobs.live import Live
 from jobs.partials import delete_partials
+from jobs.placeholders import find_placeholders
 from jobs.queries import Measured, measure_queries
 from jobs.run import Run
 from jobs.search import FORMAT_VERSION
@@ -68,7 +69,7 @@ def build_version(run: Run, task: BuildTask) -> Built:
             counted["rows"] = live.rows.vectors
         labelled = _encode_labelled(run, task)
         indexes = _build_indexes(run, task, entries, labelled)
-        placeholders = read_placeholders(run.store, entries["ids"], live)
+        placeholders = find_placeholders(run.store, entries["ids"], live)
         with run.stage("measure queries") as counted:
             measured = measure_queries(
                 labelled,

@@ -44,6 +44,7 @@ class Catalog:
         root: The folder that relative image URIs start from.
         files: All Parquet files, sorted.
         rows: Products in all files.
+        images: Rows of a release, about: images by the files' metadata, an empty list as one.
         columns: Our name to the physical column, for what is read: product_id, image (or none),
             image_version (or none) and each name of the text template.
         metadata: Physical columns that ride along; a file may lack some.
@@ -54,6 +55,7 @@ class Catalog:
     root: str
     files: tuple[str, ...]
     rows: int
+    images: int
     units: tuple[Unit, ...] = field(repr=False)
     columns: Mapping[str, str]
     metadata: tuple[str, ...]
@@ -78,6 +80,7 @@ def read_catalog(config: CatalogConfig, *, need_images: bool, need_text: bool) -
     filesystem, files = _list_files(config.path)
     faults: list[str] = []
     units: list[Unit] = []
+    images = 0
     found: dict[str, Any] | None = None
     shown: dict[str, None] = {}  # metadata of any file, in the order of their coming
     for file in files:
@@ -96,6 +99,7 @@ def read_catalog(config: CatalogConfig, *, need_images: bool, need_text: bool) -
         if not resolved["faults"] and resolved["columns"] != found["columns"]:
             faults.append(f"{file}: columns {resolved['columns']} differ from {found['columns']}")
         units += _units(file, metadata, resolved["has_bytes"])
+        images += _count_images(metadata, resolved["columns"].get("image"))
     if faults:
         raise CatalogError(faults)
     rows = sum(unit.stop - unit.start for unit in units)
@@ -105,6 +109,7 @@ def read_catalog(config: CatalogConfig, *, need_images: bool, need_text: bool) -
         root=_root(config.path, filesystem),
         files=tuple(files),
         rows=rows,
+        images=images,
         units=tuple(units),
         columns=found["columns"],
         metadata=tuple(shown),
@@ -256,6 +261,16 @@ def _kind(type_: pa.DataType) -> str:
     if types.is_timestamp(type_) or types.is_date(type_):
         return "time"
     return "other"
+
+
+def _count_images(metadata: pq.FileMetaData, image: str | None) -> int:
+    """Count the images of a file by its metadata; null and empty lists count as one."""
+    if image is None:
+        return int(metadata.num_rows)
+    names = [metadata.schema.column(n).path for n in range(metadata.num_columns)]
+    mine = [n for n, path in enumerate(names) if path.partition(".")[0] == image]
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    return sum(max(group.column(n).num_values for n in mine) for group in groups) if mine else 0
 
 
 def _units(file: str, metadata: pq.FileMetaData, has_bytes: bool) -> Iterator[Unit]:

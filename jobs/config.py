@@ -263,7 +263,7 @@ class RayConfig(Section):
     bucket_rows: int = Field(
         default=4_000_000,
         gt=0,
-        description="About how many catalog rows one task compares at a time, some 200 bytes each.",
+        description="About how many images one task compares at a time, some 200 bytes each.",
     )
 
 

@@ -230,7 +230,7 @@ def compare_with_store(
         StoreError: The table or the release can't be read.
     """
     version = store.embeddings_version()
-    rows = max(catalog.rows, store.embedding_rows(version))
+    rows = max(catalog.images, store.embedding_rows(version))
     plan = scan_catalog(catalog, recipe, images, count_buckets(rows, bucket_rows), bucket_rows)
     state = read_state(store, version, encoder, plan.buckets, bucket_rows)
     released = read_released(store, parent, plan.buckets, bucket_rows)
@@ -271,7 +271,7 @@ def scan_catalog(
     Raises:
         CatalogError: A product id is null or empty, or a file is damaged.
     """
-    groups = make_groups(len(catalog.units), catalog.rows, bucket_rows)
+    groups = make_groups(len(catalog.units), catalog.images, bucket_rows)
     heads, parts = scatter(_scan_group, groups, buckets, ray.put(catalog), recipe, images)
     return Plan(groups=groups, parts=turn(parts, buckets), rows=sum(gather(heads)))
 

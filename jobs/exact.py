@@ -81,7 +81,6 @@ def release_live(store: Store, release: Release, bucket_rows: int) -> Live:
         names=read_file_names(store, address),
         reasons=Counter(),
         examples={},
-        contents={},
     )
 
 

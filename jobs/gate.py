@@ -1,11 +1,9 @@
 """What a release must show before it is published: its bad rows, its figures, and the bars."""
 
-import shutil
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from jobs.cluster import gather
@@ -17,11 +15,8 @@ from jobs.live import Live, Reason
 from jobs.queries import Measured
 from jobs.schemas import REJECT, UPSERT
 from jobs.state import read_data_file
-from jobs.storage import parquet_errors
-from jobs.store import Release, Store, scratch_folder
+from jobs.store import Release, Store
 
-PLACEHOLDERS = 10
-PLACEHOLDER_ROWS = 3
 Summary = list[dict[str, Any]]
 
 
@@ -94,43 +89,6 @@ def _read_told(
                 "detail": values["reject_detail"],
             }
     return told
-
-
-def read_placeholders(store: Store, ids: dict[str, Any], live: Live) -> Summary:
-    """Name the images that most live rows share, with a product of each.
-
-    Args:
-        store: The store.
-        ids: The manifest's entry of `ids.parquet`.
-        live: Counts them.
-
-    Returns:
-        One dict an image, most rows first: rows, product_id, image_uri.
-    """
-    most = [found for found in live.contents.values() if found[0] >= PLACEHOLDER_ROWS]
-    most = most[:PLACEHOLDERS]
-    if not most:
-        return []
-    rows = gather([_find_ids.remote(store, ids, [vector_id for _, vector_id in most])])[0]
-    return [
-        {"rows": count, "product_id": row["product_id"], "image_uri": row["image_uri"]}
-        for (count, _), row in zip(most, rows, strict=True)
-    ]
-
-
-@ray.remote(num_cpus=1)
-def _find_ids(store: Store, entry: dict[str, Any], vector_ids: list[int]) -> Summary:
-    """Read a few rows: sorted by id, most row groups are passed over by their statistics."""
-    cache = scratch_folder("ids")
-    try:
-        path = store.local_copy(cache, "indexes", entry["folder"], entry["file"])
-        columns = ["vector_id", "product_id", "image_uri"]
-        with parquet_errors(store.uri("indexes", entry["folder"], entry["file"])):
-            table = pq.read_table(path, columns=columns, filters=[("vector_id", "in", vector_ids)])
-    finally:
-        shutil.rmtree(cache)
-    rows = {row["vector_id"]: row for row in table.to_pylist()}
-    return [rows[one] for one in vector_ids]
 
 
 def check_gate(gate: GateConfig, rows: int, built: Built, parent: Release | None) -> list[str]:

@@ -28,12 +28,12 @@ Reason = tuple[str, str]
 """Operation and reject reason: what is wrong with a reject, or what a live row lacks."""
 
 EXAMPLES = 3
-MOST_CONTENTS = 50
 LIVE_DTYPE = np.dtype(
     [
         ("vector_id", "<i8"),
         ("generation", "<i8"),
         ("metadata_hash", "<i8"),
+        ("content", "<i8"),
         ("file", "<i4"),
         ("row", "<i4"),
         ("first", "?"),
@@ -41,9 +41,9 @@ LIVE_DTYPE = np.dtype(
         ("fresh_first", "?"),
     ]
 )
-"""A live row: where its vectors are, and whether it is its product's first live image (a text field
-is indexed once a product). `fresh`: not in the newest release as it is; `fresh_first`: nor as the
-first of its product."""
+"""A live row: where its vectors are, the hash of its image's bytes (0: none), and whether it is its
+product's first live image (a text field is indexed once a product). `fresh`: not in the newest
+release as it is; `fresh_first`: nor as the first of its product."""
 
 STALE_DTYPE = np.dtype([("vector_id", "<i8"), ("all", "?"), ("first", "?")])
 """A row of the newest release that is live no more as it was: `all`: in any field, `first`: in a
@@ -86,7 +86,6 @@ class Live:
         names: All data files of the table's version.
         reasons: Rows of each (operation, reason).
         examples: (file, row) of some of them.
-        contents: The most frequent images: content hash to (live rows, vector id of one).
     """
 
     rows: LiveRows
@@ -95,7 +94,6 @@ class Live:
     names: list[str] = field(repr=False)
     reasons: Counter[Reason]
     examples: dict[Reason, list[tuple[int, int]]]
-    contents: dict[int, tuple[int, int]]
 
 
 @dataclass(kw_only=True)
@@ -108,7 +106,6 @@ class _Found:
     lost: int
     reasons: Counter[Reason]
     examples: dict[Reason, list[tuple[int, int]]]
-    contents: dict[int, tuple[int, int]]
     by_group: npt.NDArray[np.int64]
 
 
@@ -174,7 +171,6 @@ def join_live(
         names=names,
         reasons=sum((one.reasons for one in found), Counter()),
         examples=_merge_examples(found),
-        contents=_merge_contents(found),
     )
 
 
@@ -184,16 +180,6 @@ def _merge_examples(found: list[_Found]) -> dict[Reason, list[tuple[int, int]]]:
         for reason, places in one.examples.items():
             merged[reason] = (merged.get(reason, []) + places)[:EXAMPLES]
     return merged
-
-
-def _merge_contents(found: list[_Found]) -> dict[int, tuple[int, int]]:
-    """Add the counts of the buckets: exact for one bucket, a lower bound for several."""
-    merged: dict[int, tuple[int, int]] = {}
-    for one in found:
-        for content, (rows, example) in one.contents.items():
-            merged[content] = (merged.get(content, (0, 0))[0] + rows, example)
-    most = sorted(merged.items(), key=lambda item: (-item[1][0], item[0]))
-    return dict(most[:MOST_CONTENTS])
 
 
 @ray.remote(num_cpus=1)
@@ -224,7 +210,7 @@ def join_rows(plan: Records, state: Records, released: Records) -> tuple[Records
     live = np.zeros(int(upsert.sum()), LIVE_DTYPE)
     for name in ("vector_id", "metadata_hash"):
         live[name] = plan[name][upsert]
-    for name in ("generation", "file", "row"):
+    for name in ("generation", "content", "file", "row"):
         live[name] = stored[name][upsert]
     live["first"] = mark_first(plan["product"][upsert], plan["image_number"][upsert])
     shown, known = take_rows(released, live["vector_id"])
@@ -237,12 +223,10 @@ def join_rows(plan: Records, state: Records, released: Records) -> tuple[Records
         lost=int((~upsert & ~reject).sum()),
         reasons=Counter(),
         examples={},
-        contents={},
         by_group=np.zeros(0, np.int64),
     )
     _count_reasons(found, REJECT, stored[reject])
     _count_reasons(found, UPSERT, stored[upsert])
-    _count_contents(found, stored[upsert])
     return live, _find_stale(released, live), found
 
 
@@ -263,15 +247,6 @@ def _count_reasons(found: _Found, operation: str, rows: Records) -> None:
         key = (operation, str(REASONS[number - 1]))
         found.reasons[key] = len(told)
         found.examples[key] = [(int(r["file"]), int(r["row"])) for r in told[:EXAMPLES]]
-
-
-def _count_contents(found: _Found, rows: Records) -> None:
-    known = rows[rows["content"] != 0]
-    contents, first, counts = np.unique(known["content"], return_index=True, return_counts=True)
-    for place in np.argsort(-counts, kind="stable")[:MOST_CONTENTS].tolist():
-        if counts[place] > 1:
-            example = int(known["vector_id"][first[place]])
-            found.contents[int(contents[place])] = (int(counts[place]), example)
 
 
 def mark_first(

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from indexing.choose import HELD_OUT_SHARE
 from indexing.spec import IndexSpec
 
 
@@ -13,8 +14,8 @@ from indexing.spec import IndexSpec
         (0, "Flat"),
         (999, "Flat"),
         (1_000, "IVF16,Flat"),
-        (9_999, "IVF256,Flat"),
-        (10_000, "PCAR256,IVF256,PQ128x4fs,Refine(SQ8)"),
+        (9_999, "IVF128,Flat"),
+        (10_000, "PCAR256,IVF128,PQ128x4fs,Refine(SQ8)"),
         (100_000, "PCAR256,IVF1024,PQ128x4fs,Refine(SQ8)"),
         (999_999, "PCAR256,IVF4096,PQ128x4fs,Refine(SQ8)"),
         (1_000_000, "PCAR256,IVF16384_HNSW32,PQ128x4fs,Refine(SQ8)"),
@@ -25,7 +26,7 @@ from indexing.spec import IndexSpec
 def test_steps_without_a_budget(ntotal, factory):
     spec, reasons = IndexSpec.for_catalog(ntotal, 512)
     assert spec.factory == factory
-    assert spec.min_training_rows <= ntotal
+    assert spec.min_training_rows <= (1 - HELD_OUT_SHARE) * ntotal
     fields = [spec.nlist, spec.nlist, spec.coarse == "hnsw", spec.refine != "none"]
     assert len(reasons) == max(1, sum(map(bool, fields)))
     assert all(reason.endswith(".") for reason in reasons)
@@ -34,13 +35,13 @@ def test_steps_without_a_budget(ntotal, factory):
 @pytest.mark.parametrize(
     ("dim", "factory"),
     [
-        (768, "PCAR256,IVF512,PQ128x4fs,Refine(SQ8)"),
-        (384, "PCAR256,IVF512,PQ128x4fs,Refine(SQ8)"),
-        (256, "IVF512,PQ128x4fs,Refine(SQ8)"),
-        (63, "PCAR62,IVF512,PQ31x4fs,Refine(SQ8)"),
-        (2, "IVF512,PQ1x4fs,Refine(SQ8)"),
-        (1, "IVF512,PQ1x4fs,Refine(SQ8)"),
-        (40_009, "IVF512,PQ1x4fs,Refine(SQ8)"),  # a prime, and more than there are rows for PCA
+        (768, "PCAR256,IVF256,PQ128x4fs,Refine(SQ8)"),
+        (384, "PCAR256,IVF256,PQ128x4fs,Refine(SQ8)"),
+        (256, "IVF256,PQ128x4fs,Refine(SQ8)"),
+        (63, "PCAR62,IVF256,PQ31x4fs,Refine(SQ8)"),
+        (2, "IVF256,PQ1x4fs,Refine(SQ8)"),
+        (1, "IVF256,PQ1x4fs,Refine(SQ8)"),
+        (40_009, "IVF256,PQ1x4fs,Refine(SQ8)"),  # a prime, and more than there are rows for PCA
     ],
 )
 def test_any_dim_works(dim, factory):
@@ -104,7 +105,7 @@ def test_the_budget_holds_or_the_least_that_would_do_is_named(
         assert choose(least).memory_bytes(ntotal) == least
     else:
         assert spec.memory_bytes(ntotal) <= budget
-        assert spec.min_training_rows <= ntotal
+        assert spec.min_training_rows <= (1 - HELD_OUT_SHARE) * ntotal
 
 
 @pytest.mark.parametrize(

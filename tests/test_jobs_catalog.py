@@ -412,3 +412,20 @@ def test_a_column_that_some_files_lack_is_metadata(tmp_path):
     assert catalog.metadata == ("product_id", "title", "price", "stock")
     rows = [scan_unit(catalog, number, "r", ImagesConfig()) for number in range(2)]
     assert [len(one) for one in rows] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "images"),
+    [
+        (["a", "b", "c"], pa.string(), 3),
+        ([["a", "b"], [], None, ["c", "d", "e"]], pa.list_(pa.string()), 7),
+        ([[{"bytes": b"x", "path": None}] * 3], pa.list_(IMAGE_STRUCT), 3),
+    ],
+)
+def test_images_are_counted_without_reading_them(tmp_path, values, kind, images):
+    names = [f"p{n}" for n in range(len(values))]
+    columns = {"product_id": names, "title": names, "image_uri": pa.array(values, kind)}
+    pq.write_table(pa.table(columns), tmp_path / "c.parquet", row_group_size=2)
+    config = CatalogConfig(path=str(tmp_path / "c.parquet"))
+    catalog = read_catalog(config, need_images=True, need_text=True)
+    assert (catalog.rows, catalog.images) == (len(values), images)

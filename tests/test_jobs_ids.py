@@ -44,7 +44,7 @@ def write_live(catalog, ids, store, buckets):
             files=[], parts=[], vectors=len(ids), products=2, rejected=0, most_images=IMAGES
         ),
         buckets=[ray.put(part) for part in parts],
-        stale=[], names=["a.parquet"], reasons={}, examples={}, contents={},
+        stale=[], names=["a.parquet"], reasons={}, examples={},
     )  # fmt: skip
     plan = Plan(groups=[range(len(catalog.units))], parts=[[]] * buckets, rows=len(ids))
     return write_ids(catalog, plan, live, store, "run")

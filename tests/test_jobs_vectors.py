@@ -170,7 +170,7 @@ def test_msr_encoder_has_one_field(products, tmp_path, kind, doubled):
     assert [m["rows"] for m in report["masked"]] == [1]
     assert searcher.fields == ["multimodal"]
     dim = searcher.space.dim
-    assert searcher.indexes["multimodal"].d == (2 * dim if doubled else dim)
+    assert searcher.indexes["multimodal"][0].index.d == (2 * dim if doubled else dim)
     assert len(answers(searcher, products[0]["title"])) == 5
     files = Store(str(tmp_path / "store"))
     stored = read_data_file(

@@ -15,9 +15,10 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
+from indexing.threads import for_each_block, one_blas_thread
 from indexing.vectors import Float32Array, Int64Array
 
-ROTATED_AT_ONCE = 2**21  # values rotated at once: 16 MiB in float64, so that threads seldom wait
+ROTATED_AT_ONCE = 2**19  # values a thread rotates at once: 4 MiB in float64
 COPIED_AT_ONCE = 2**22  # values of a flat index copied at once: 16 MiB
 SUBSET_BY_ID_RANGE = 0  # InvertedLists::SUBSET_TYPE_ID_RANGE, which FAISS's stubs lack
 NO_BOUND = 2**63 - 1  # FAISS takes no larger bound: the id 2**63 - 1 itself lies in no range
@@ -151,12 +152,15 @@ def apply_linear(
     matrix = faiss.vector_to_array(transform.A).reshape(shape).astype(np.float64).T
     bias = faiss.vector_to_array(transform.b) if transform.have_bias else np.zeros(1)
     applied = np.empty((len(vectors), transform.d_out), dtype=np.float32)
-    step = max(1, ROTATED_AT_ONCE // transform.d_in)
-    for start in range(0, len(vectors), step):
-        product = vectors[start : start + step].astype(np.float64) @ matrix
+
+    def apply(block: slice) -> None:
+        product = vectors[block].astype(np.float64) @ matrix
         if bias.any():
             product += bias
-        applied[start : start + step] = product
+        applied[block] = product
+
+    with one_blas_thread():
+        for_each_block(apply, len(vectors), max(1, ROTATED_AT_ONCE // transform.d_in))
     return applied
 
 

@@ -6,7 +6,7 @@ It decides without having seen a vector; what the index reaches is then measured
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from indexing.spec import TRAINING_ROWS_PER_CENTROID, Codec, IndexSpec, Refine
 
@@ -25,16 +25,22 @@ FASTSCAN_LIST_ROWS = 512
 
 
 def choose_spec(
-    ntotal: int, dim: int, *, memory_budget_bytes: int | None, target_intersection: float
+    ntotal: int,
+    dim: int,
+    *,
+    memory_budget_bytes: int | None,
+    target_intersection: float,
+    partitions: int = 1,
 ) -> tuple[IndexSpec, list[str]]:
     """Choose an index for a catalog of a given size.
 
     Args:
         ntotal: How many vectors the index will hold.
         dim: D, the length of every vector.
-        memory_budget_bytes: The most that the index may take once it is read from its file
-            as one partition (`IndexSpec.memory_bytes`); None: no limit.
+        memory_budget_bytes: The most that the index may take once it is read from its files
+            (`IndexSpec.memory_bytes`); None: no limit.
         target_intersection: The share of the true nearest neighbours that is wanted, in (0, 1].
+        partitions: Over how many files the vectors will lie.
 
     Returns:
         The spec, which ntotal rows are enough to train, and one sentence a decision.
@@ -44,14 +50,18 @@ def choose_spec(
             fewest bytes that would do.
     """
     _check_numbers(ntotal, dim, memory_budget_bytes, target_intersection)
+
+    def memory(spec: IndexSpec) -> int:
+        return spec.memory_bytes(ntotal, partitions=partitions)
+
     if memory_budget_bytes is None:
         spec = _choose_freely(ntotal, dim, _refine_for(target_intersection))
     else:
-        spec = _choose_within(memory_budget_bytes, ntotal, dim, target_intersection)
+        spec = _choose_within(memory_budget_bytes, memory, ntotal, dim, target_intersection)
     reasons = _reasons(spec, ntotal)
     if memory_budget_bytes is not None:
         reasons.append(
-            f"Memory: at most {_size(spec.memory_bytes(ntotal))} of the "
+            f"Memory: at most {_size(memory(spec))} of the "
             f"{_size(memory_budget_bytes)} that are allowed."
         )
     return spec, reasons
@@ -78,20 +88,22 @@ def _choose_freely(ntotal: int, dim: int, refine: Refine) -> IndexSpec:
     return next(_fastscan(ntotal, dim, nlist, longest, refine))
 
 
-def _choose_within(budget: int, ntotal: int, dim: int, target: float) -> IndexSpec:
+def _choose_within(
+    budget: int, memory: Callable[[IndexSpec], int], ntotal: int, dim: int, target: float
+) -> IndexSpec:
     """Return the most exact of the candidates that fit; of FastScan, the longest codes."""
     whole = list(_scalar_candidates(ntotal, dim, target))
     for spec in whole:
-        if spec.memory_bytes(ntotal) <= budget:
+        if memory(spec) <= budget:
             return spec
     coded = list(_fastscan_candidates(ntotal, dim, _refine_for(target)))
-    fitting = [spec for spec in coded if spec.memory_bytes(ntotal) <= budget]
+    fitting = [spec for spec in coded if memory(spec) <= budget]
     if fitting:
         return max(fitting, key=lambda spec: (_worth(spec), spec.nlist))
-    least = min((*whole, *coded), key=lambda spec: spec.memory_bytes(ntotal))
+    least = min((*whole, *coded), key=memory)
     raise ValueError(
         f"memory_budget_bytes is {budget:,}: {ntotal:,} vectors of {dim} dimensions take at "
-        f"least {least.memory_bytes(ntotal):,} (as {least.factory})"
+        f"least {memory(least):,} (as {least.factory})"
     )
 
 

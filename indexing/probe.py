@@ -17,6 +17,9 @@ from indexing.spec import Float32Array, Int64Array
 from indexing.topk import PADDING_ID, PADDING_SCORE, padding
 
 MAX_PROBES = 2**22  # lists or candidates of one call to FAISS: some 50 MiB of its memory
+# FAISS keeps a rotated query for each list of each query that RaBitQfs visits, and crashes where
+# they take over 2 GiB (1.15.1, one thread).
+MAX_RABITQ_BYTES = 2**26
 _faiss: Any = faiss  # its stubs lack what search parameters take
 
 
@@ -111,7 +114,7 @@ def search_codes(
     if chosen:
         nprobe, ef_search = _widen(index, nprobe, ef_search, chosen.share)
     parameters = _parameters(index, nprobe, ef_search, chosen)
-    step = max(1, MAX_PROBES // max(nprobe, found))
+    step = _queries_at_once(index, nprobe, found)
     for start in range(0, len(queries), step):
         rows = slice(start, start + step)
         scores[rows, :found], ids[rows, :found] = index.search(
@@ -119,6 +122,14 @@ def search_codes(
         )
     scores[ids == PADDING_ID] = PADDING_SCORE  # FastScan pads with a score of its own
     return scores, ids
+
+
+def _queries_at_once(index: faiss.Index, nprobe: int, found: int) -> int:
+    at_once = MAX_PROBES // max(nprobe, found)
+    ivf = lists_of(index)
+    if isinstance(ivf, _faiss.IndexIVFRaBitQFastScan):
+        at_once = min(at_once, MAX_RABITQ_BYTES // (4 * ivf.d * nprobe))
+    return max(1, at_once)
 
 
 def _widen(index: faiss.Index, nprobe: int, ef_search: int, share: float) -> tuple[int, int]:

@@ -16,58 +16,22 @@ import numpy.typing as npt
 
 from indexing.build import check_unique
 from indexing.files import check_file, write_file
+from indexing.refine_codes import UInt8Array as UInt8Array
+from indexing.refine_codes import decode_refine as decode_refine
+from indexing.refine_codes import encode_refine as encode_refine
+from indexing.refine_codes import refine_code_bytes as refine_code_bytes
+from indexing.refine_codes import score_codes
 from indexing.spec import Refine
+from indexing.threads import for_each_block
 from indexing.topk import PADDING_ID, PADDING_SCORE
-from indexing.vectors import Float32Array, Int64Array, check_unit_rows
+from indexing.vectors import Float32Array, Int64Array
 
-UInt8Array = npt.NDArray[np.uint8]
 Blocks = Iterable[tuple[Int64Array, UInt8Array]]  # ids (N,) and their codes (N, bytes)
 
 ID_BYTES = 8
-SCALE_BYTES = 4
-MAX_LEVEL = 127  # of an int8, as far below 0 as above
-VALUES_AT_ONCE = 2**22  # values decoded at once: 16 MiB, a few times over
+IDS_AT_ONCE = 2**13  # candidates that one thread scores: some milliseconds
+VALUES_AT_ONCE = 2**17  # values decoded at once: 512 KiB, what a core keeps near it
 BLOCK_BYTES = 2**24
-
-
-def refine_code_bytes(kind: Refine, dim: int) -> int:
-    """Return the bytes of one code: float16 values, or a float32 scale and int8 values."""
-    return {"none": 0, "fp16": 2 * dim, "sq8": SCALE_BYTES + dim}[kind]
-
-
-def encode_refine(kind: Refine, vectors: Float32Array) -> UInt8Array:
-    """Encode vectors, each by itself: the same vector always gives the same code.
-
-    Args:
-        kind: 'fp16': values rounded to float16. 'sq8': each row's values in 255 even steps from
-            minus its largest to its largest.
-        vectors: (N, D) float32 unit rows.
-
-    Returns:
-        (N, refine_code_bytes) uint8.
-
-    Raises:
-        ValueError: A vector isn't finite or not of unit length, or the kind is 'none'.
-    """
-    if vectors.ndim != 2:
-        raise ValueError(f"vectors: shape is {vectors.shape}, expected (N, D)")
-    check_unit_rows(vectors, dim=vectors.shape[1], name="vectors")
-    if kind == "none":
-        raise ValueError("refine is none: there is nothing to encode vectors for")
-    if kind == "fp16":
-        return vectors.astype("<f2").view(np.uint8)
-    scales = np.abs(vectors).max(axis=1, keepdims=True).astype("<f4") / np.float32(MAX_LEVEL)
-    levels = np.rint(vectors / scales).astype(np.int8)
-    return np.concatenate([scales.view(np.uint8), levels.view(np.uint8)], axis=1)
-
-
-def decode_refine(kind: Refine, codes: UInt8Array) -> Float32Array:
-    """Turn (..., bytes) codes into (..., D) float32 vectors: of unit length, but for rounding."""
-    if kind == "fp16":
-        return codes.view("<f2").astype(np.float32)
-    scales = np.ascontiguousarray(codes[..., :SCALE_BYTES]).view("<f4").astype(np.float32)
-    decoded: Float32Array = codes[..., SCALE_BYTES:].view(np.int8) * scales
-    return decoded
 
 
 @dataclass(frozen=True)
@@ -86,6 +50,8 @@ class RefineStore:
 
     def scores(self, queries: Float32Array, ids: Int64Array) -> Float32Array:
         """Compute the inner products of queries with stored vectors.
+
+        Many are shared out to as many threads as `faiss.omp_set_num_threads` allows.
 
         Args:
             queries: (Q, D) float32 unit rows.
@@ -106,29 +72,48 @@ class RefineStore:
             raise ValueError(
                 f"queries have {queries.shape[1]} dimensions, the refine store has others"
             )
-        scores = np.full(ids.shape, PADDING_SCORE, dtype=np.float32)
+        scores = np.empty(ids.shape, dtype=np.float32)
+        step = max(1, IDS_AT_ONCE // max(1, ids.shape[1]))
+
+        def score(block: slice) -> None:
+            self._score(queries[block], ids[block], scores[block])
+
+        for_each_block(score, len(queries), step)
+        return scores
+
+    def vectors(self, ids: Int64Array) -> Float32Array:
+        """Return (N, D) float32 vectors of (N,) ids, as far as the codes keep them.
+
+        Raises:
+            ValueError: An id isn't in the store.
+        """
+        return decode_refine(self.kind, self.codes[self._rows(ids)])
+
+    def _score(self, queries: Float32Array, ids: Int64Array, scores: Float32Array) -> None:
+        """Set (Q, K) scores."""
+        rows = self._rows(ids.ravel()).reshape(ids.shape)
+        if not len(self.ids):
+            scores[:] = PADDING_SCORE
+            return
         step = max(1, VALUES_AT_ONCE // max(1, ids.shape[1] * queries.shape[1]))
         for start in range(0, len(queries), step):
             block = slice(start, start + step)
-            self._score(queries[block], ids[block], scores[block])
-        return scores
-
-    def _score(self, queries: Float32Array, ids: Int64Array, scores: Float32Array) -> None:
-        """Set those of (Q, K) scores whose id isn't padding."""
-        there = ids != PADDING_ID
-        rows = np.zeros(ids.shape, dtype=np.int64)
-        rows[there] = self._rows(ids[there])
-        if not there.any():
-            return
-        vectors = decode_refine(self.kind, self.codes[rows])
-        scores[there] = np.matmul(vectors, queries[:, :, None])[:, :, 0][there]
+            codes = np.take(self.codes, rows[block].ravel(), axis=0, mode="clip")
+            found = score_codes(self.kind, queries[block], codes)
+            scores[block] = np.where(ids[block] == PADDING_ID, PADDING_SCORE, found)
 
     def _rows(self, ids: Int64Array) -> Int64Array:
-        """Return which rows hold (N,) ids."""
-        absent = ids[~_is_in(ids, self.ids)]
+        """Return which rows hold (N,) ids; 0 for those that are padding."""
+        order = np.argsort(ids)  # looked up in order, they need half the time, with sorting
+        rising = ids[order]
+        there = rising != PADDING_ID
+        places = np.searchsorted(self.ids, rising)
+        absent = rising[there & ~_at(self.ids, places, rising)]
         if len(absent):
             raise ValueError(f"vector id {int(absent[0])} is not in the refine store")
-        return np.searchsorted(self.ids, ids)
+        rows = np.empty(len(ids), dtype=np.int64)
+        rows[order] = np.where(there, places, 0)
+        return rows
 
 
 def write_refine(path: Path, kind: Refine, dim: int, parts: Sequence[Blocks], count: int) -> str:
@@ -248,10 +233,14 @@ def _place(ids: Int64Array, bound: int) -> int:
 
 def _is_in(ids: Int64Array, rising: Int64Array) -> npt.NDArray[np.bool_]:
     """Mark those of (N,) ids that are among (M,) rising ones."""
+    return _at(rising, np.searchsorted(rising, ids), ids)
+
+
+def _at(rising: Int64Array, places: Int64Array, ids: Int64Array) -> npt.NDArray[np.bool_]:
+    """Mark those of (N,) ids that are at (N,) places, or the last one, of (M,) rising ones."""
     if not len(rising):
         return np.zeros(len(ids), dtype=np.bool_)
-    places = np.minimum(np.searchsorted(rising, ids), len(rising) - 1)
-    found: npt.NDArray[np.bool_] = rising[places] == ids
+    found: npt.NDArray[np.bool_] = rising[np.minimum(places, len(rising) - 1)] == ids
     return found
 
 

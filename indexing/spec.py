@@ -184,6 +184,7 @@ class IndexSpec:
         *,
         memory_budget_bytes: int | None = None,
         target_intersection: float = 0.95,
+        partitions: int = 1,
     ) -> tuple[IndexSpec, list[str]]:
         """Choose an index for a catalog of a given size; see `indexing.choose.choose_spec`.
 
@@ -197,6 +198,7 @@ class IndexSpec:
             dim,
             memory_budget_bytes=memory_budget_bytes,
             target_intersection=target_intersection,
+            partitions=partitions,
         )
 
     @property
@@ -270,22 +272,18 @@ class IndexSpec:
 
     @property
     def is_mappable(self) -> bool:
-        """Say whether FAISS can leave the lists on disk, and map them into memory."""
-        return self.nlist > 0 and not self.is_fastscan
+        """Say whether FAISS can leave the codes on disk, and map them into memory."""
+        return not self.is_fastscan
 
     @property
     def min_training_rows(self) -> int:
         """Return the fewest training rows; 0 for flat.
 
-        39 for each centroid, of lists, PQ and OPQ, as FAISS asks; for PCA as many as dim.
+        39 for each centroid, of the lists and of PQ, as FAISS asks; for PCA as many as dim.
         """
         if not self.nlist:
             return 0
-        centroids = max(
-            self.nlist,
-            2**self.pq_nbits if self.pq_m else 0,
-            estimate.OPQ_CENTROIDS if self.rotation == "opq" else 0,
-        )
+        centroids = max(self.nlist, 2**self.pq_nbits if self.pq_m else 0)
         pca_rows = self.dim if self.rotation == "pca" else 0
         return max(TRAINING_ROWS_PER_CENTROID * centroids, pca_rows)
 
@@ -294,9 +292,9 @@ class IndexSpec:
         """Return the bytes of memory of an empty index; see `indexing.estimate.fixed_bytes`."""
         return estimate.fixed_bytes(self)
 
-    def memory_bytes(self, ntotal: int) -> int:
+    def memory_bytes(self, ntotal: int, *, partitions: int = 1) -> int:
         """Return the most memory it takes; see `indexing.estimate.memory_bytes`."""
-        return estimate.memory_bytes(self, ntotal)
+        return estimate.memory_bytes(self, ntotal, partitions=partitions)
 
     def training_bytes(self, rows: int) -> int:
         """Return about what training takes; see `indexing.estimate.training_bytes`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from indexing.anatomy import empty_flat, ivf_of
 from indexing.spec import IndexSpec
+from indexing.threads import for_each_block
 from indexing.vectors import Float32Array, check_unit_rows
 
 Progress = Callable[[str, int, int], None]  # the step, how much of it is done, how much there is
@@ -110,13 +110,11 @@ def _rotate_sample(
     rotated = np.empty((len(sample), transform.d_out), dtype=np.float32)
     rows = np.ascontiguousarray(sample)
 
-    def rotate(start: int) -> None:
-        block, into = (array[start : start + ROTATED_ROWS] for array in (rows, rotated))
-        transform.apply_noalloc(len(block), faiss.swig_ptr(block), faiss.swig_ptr(into))
+    def rotate(block: slice) -> None:
+        part, into = rows[block], rotated[block]
+        transform.apply_noalloc(len(part), faiss.swig_ptr(part), faiss.swig_ptr(into))
 
-    threads = faiss.omp_get_max_threads()
-    with ThreadPoolExecutor(threads, "rotate", faiss.omp_set_num_threads, (1,)) as pool:
-        list(pool.map(rotate, range(0, len(rows), ROTATED_ROWS)))  # raises what one raised
+    for_each_block(rotate, len(rows), ROTATED_ROWS)
     return rotated
 
 

@@ -127,7 +127,8 @@ def choose_spec(config: IndexConfig, ntotal: int, dim: int) -> tuple[IndexSpec, 
         ConfigError: The configured index is impossible for this dimension or number of rows, or
             takes more memory than its budget.
     """
-    budget = None if config.memory_budget_mb is None else config.memory_budget_mb * MIB
+    budget = None if config.memory_budget_mb is None else _budget(config)
+    partitions = count_partitions(ntotal, config.max_partition_vectors)
     try:
         if config.factory is None:
             spec, why = IndexSpec.for_catalog(
@@ -135,17 +136,19 @@ def choose_spec(config: IndexConfig, ntotal: int, dim: int) -> tuple[IndexSpec, 
                 dim,
                 memory_budget_bytes=budget,
                 target_intersection=config.target_intersection,
+                partitions=partitions,
             )
         else:
             spec = IndexSpec.parse(config.factory, dim)
             why = [f"{spec.factory} is what the configuration says."]
     except ValueError as error:
         raise ConfigError(f"index: {error}") from error
-    if budget is not None and spec.memory_bytes(ntotal) > budget:
+    taken = _memory_bytes(config, spec, ntotal)
+    if budget is not None and taken > budget:
         raise ConfigError(
-            f"index: {spec.factory} with {ntotal:,} vectors takes "
-            f"{spec.memory_bytes(ntotal) / MIB:,.0f} MiB, index.memory_budget_mb is "
-            f"{config.memory_budget_mb}: a smaller code, or leave index.factory out"
+            f"index: {spec.factory} with {ntotal:,} vectors takes {taken / MIB:,.0f} MiB, "
+            f"index.memory_budget_mb is {config.memory_budget_mb}: a smaller code, or leave "
+            "index.factory out"
         )
     available = min(_trainable(ntotal), config.train_rows or ntotal)
     if spec.min_training_rows > available:
@@ -155,6 +158,15 @@ def choose_spec(config: IndexConfig, ntotal: int, dim: int) -> tuple[IndexSpec, 
             "have it chosen"
         )
     return spec, why
+
+
+def _budget(config: IndexConfig) -> int:
+    return (config.memory_budget_mb or 0) * MIB
+
+
+def _memory_bytes(config: IndexConfig, spec: IndexSpec, ntotal: int) -> int:
+    partitions = count_partitions(ntotal, config.max_partition_vectors)
+    return spec.memory_bytes(ntotal, partitions=partitions)
 
 
 def _trainable(ntotal: int) -> int:
@@ -185,7 +197,7 @@ def reasons_to_retrain(
         reasons.append(f"The configuration asks for {new.factory}, the index is {old.factory}.")
     elif bool(new.nlist) != bool(old.nlist):
         reasons.append(f"{ntotal:,} vectors are better held by {new.factory} than {old.factory}.")
-    elif config.memory_budget_mb and old.memory_bytes(ntotal) > config.memory_budget_mb * MIB:
+    elif config.memory_budget_mb and _memory_bytes(config, old, ntotal) > _budget(config):
         reasons.append(f"{ntotal:,} vectors in {old.factory} take more than the memory budget.")
     return reasons
 
@@ -367,7 +379,7 @@ def _describe(
         template=files.template,
         partitions=files.partitions,
         size_bytes=files.size_bytes,
-        memory_bytes=files.spec.memory_bytes(files.ntotal),
+        memory_bytes=files.spec.memory_bytes(files.ntotal, partitions=len(files.partitions)),
         spec=asdict(files.spec),
         factory=files.spec.factory,
         action=action,

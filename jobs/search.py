@@ -16,7 +16,14 @@ import pyarrow.compute as pc
 
 from encoders.checkpoint import load_encoder, load_tokenizers
 from encoders.encoder import Encoder
-from indexing.search import SearchPoint, group_by_product, search_partitions, search_pool
+from indexing.search import (
+    Chosen,
+    SearchPoint,
+    choose,
+    group_by_product,
+    search_partitions,
+    search_pool,
+)
 from indexing.topk import PADDING_ID
 from jobs.contract import QueryEncoder, check_contract, check_encoder, read_contract
 from jobs.embed_steps import checkpoint_cache
@@ -209,7 +216,7 @@ class Searcher:
         *,
         k: int = 10,
         field: str | None = None,
-        only: pc.Expression | Collection[str] | None = None,
+        only: pc.Expression | Collection[str] | Chosen | None = None,
         point: SearchPoint | None = None,
     ) -> list[list[Result]]:
         """Find the k most similar products of each query vector.
@@ -219,7 +226,8 @@ class Searcher:
             k: Most products a query.
             field: As in `search`.
             only: Which products may be found: a predicate over metadata columns, as
-                `pyarrow.compute.field("price") < 20`, or a collection of product ids.
+                `pyarrow.compute.field("price") < 20`, a collection of product ids, or either as
+                `choose` prepared it for this field.
             point: How deep to search; the release's operating point if None.
 
         Raises:
@@ -229,7 +237,8 @@ class Searcher:
         name = self._field(field)
         if k < 1:
             raise JobError(f"k is {k}, expected at least 1")
-        search = partial(self.search_ids, field=name, only=self.select(only), point=point)
+        chosen = only if isinstance(only, Chosen) else self.choose(only, field=name)
+        search = partial(self.search_ids, field=name, only=chosen, point=point)
         try:
             return self._search_products(queries, k, self.depth(k, name), search)
         except ValueError as error:
@@ -241,7 +250,7 @@ class Searcher:
         k: int,
         *,
         field: str | None = None,
-        only: Int64Array | None = None,
+        only: Int64Array | Chosen | None = None,
         point: SearchPoint | None = None,
     ) -> tuple[Float32Array, Int64Array]:
         """Find the k most similar vectors of each query vector, not grouped into products.
@@ -250,7 +259,7 @@ class Searcher:
             queries: (Q, D) float32 unit rows.
             k: Neighbours a query.
             field: As in `search`.
-            only: (M,) int64, rising: the vector ids that may be found (`select`).
+            only: (M,) int64, rising: the vector ids that may be found (`select`); or `choose`'s.
             point: As in `search_vectors`.
 
         Returns:
@@ -263,6 +272,19 @@ class Searcher:
         name = self._field(field)
         point = point or self.points[name]
         return search_partitions(self.indexes[name], queries, k, point, only=only, pool=self._pool)
+
+    def choose(
+        self, only: pc.Expression | Collection[str] | None, *, field: str | None = None
+    ) -> Chosen | None:
+        """Prepare a filter for many searches of a field; one that lets much through is dear.
+
+        Raises:
+            JobError: The predicate can't be used, or there is no such field.
+        """
+        ids, partitions = self.select(only), self.indexes[self._field(field)]
+        if ids is None:
+            return None
+        return choose(ids, sum(partition.index.ntotal for partition in partitions))
 
     def select(self, only: pc.Expression | Collection[str] | None) -> Int64Array | None:
         """Return the vector ids (M,) int64, rising, that a filter lets through; None: all.

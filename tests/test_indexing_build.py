@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from indexing import anatomy
+from indexing.anatomy import rotate
 from indexing.build import (
     add_vectors,
     append_vectors,
@@ -203,6 +205,56 @@ def test_rows_of_another_length_or_dim_are_refused():
         add_vectors(TEMPLATES[FLAT], IDS, unit_rows(60, seed=1, dim=7))
     with pytest.raises(ValueError, match=r"expected \(N, 16\)"):
         train_index(IVF, unit_rows(700, seed=1, dim=7), seed=7)
+
+
+def test_zero_rows_are_refused():
+    for bad in (VECTORS.copy(), np.zeros_like(VECTORS)):
+        bad[5] = 0
+        with pytest.raises(ValueError, match="not of unit length"):
+            add_vectors(TEMPLATES[IVF], IDS, bad)
+    bad = SAMPLE.copy()
+    bad[5] = 0
+    with pytest.raises(ValueError, match=r"unit length \(1 of 9984 rows, first row 5\)"):
+        train_index(IVF, bad, seed=7)
+    with pytest.raises(ValueError, match="queries: a row is not of unit length"):
+        search_index(TEMPLATES[IVF], bad[5:6], 3, SearchPoint(nprobe=1))
+
+
+def test_queries_of_another_dim_are_refused():
+    for spec in (FLAT, IVF, ROTATED):
+        with pytest.raises(ValueError, match=r"queries: shape is \(2, 7\), expected \(N, 16\)"):
+            search_index(
+                TEMPLATES[spec],
+                unit_rows(2, seed=1, dim=7),
+                3,
+                SearchPoint(nprobe=int(spec.nlist > 0)),
+            )
+
+
+def test_more_lists_than_points_are_refused():
+    spec = IndexSpec.parse("IVF64,Flat", DIM)
+    with pytest.raises(ValueError, match="60 rows, IVF64,Flat needs at least 2496: take a larger"):
+        train_index(spec, VECTORS, seed=7)
+
+
+@given(
+    starts=st.lists(st.integers(0, 59), max_size=4, unique=True),
+    threads=st.integers(1, 2),
+    at_once=st.sampled_from([DIM, 7 * DIM, 2**19]),
+)
+@settings(max_examples=30, deadline=None)
+def test_a_row_is_rotated_to_the_same_bits_in_any_block(starts, threads, at_once):
+    template = TEMPLATES[ROTATED]
+    whole = rotate(template, VECTORS)
+    faiss.omp_set_num_threads(threads)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(anatomy, "ROTATED_AT_ONCE", at_once)
+            blocks = pairwise(sorted({0, *starts, 60}))
+            parts = [rotate(template, VECTORS[slice(*block)]) for block in blocks]
+    finally:
+        faiss.omp_set_num_threads(1)
+    np.testing.assert_array_equal(np.concatenate(parts).view(np.int32), whole.view(np.int32))
 
 
 def test_bad_ids_are_refused():

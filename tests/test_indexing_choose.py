@@ -85,16 +85,21 @@ def test_the_re_rank_store_is_said_to_be_on_disk():
     dim=st.integers(1, 600),
     bytes_per_vector=st.floats(1, 3_000),
     target=st.floats(0.01, 1),
+    partitions=st.sampled_from([1, 4]),
 )
 @settings(max_examples=150, deadline=None)
 def test_the_budget_holds_or_the_least_that_would_do_is_named(
-    ntotal, dim, bytes_per_vector, target
+    ntotal, dim, bytes_per_vector, target, partitions
 ):
     budget = 1 + int(bytes_per_vector * ntotal)
 
     def choose(budget):
         return IndexSpec.for_catalog(
-            ntotal, dim, memory_budget_bytes=budget, target_intersection=target
+            ntotal,
+            dim,
+            memory_budget_bytes=budget,
+            target_intersection=target,
+            partitions=partitions,
         )[0]
 
     try:
@@ -102,7 +107,7 @@ def test_the_budget_holds_or_the_least_that_would_do_is_named(
     except ValueError as error:
         least = int(re.search(r"at least ([\d,]+)", str(error))[1].replace(",", ""))
         assert least > budget
-        assert choose(least).memory_bytes(ntotal) == least
+        assert choose(least).memory_bytes(ntotal, partitions=partitions) == least
     else:
         assert spec.memory_bytes(ntotal) <= budget
         assert spec.min_training_rows <= (1 - HELD_OUT_SHARE) * ntotal

@@ -1,5 +1,6 @@
 import hashlib
 
+import faiss
 import numpy as np
 import pytest
 
@@ -56,6 +57,31 @@ def test_codes_keep_vectors_to_within_a_step(kind, step):
     assert encode_refine(kind, VECTORS[:0]).shape == (0, refine_code_bytes(kind, DIM))
 
 
+def test_float16_is_decoded_to_the_bit():
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)]
+    decoded = decode_refine("fp16", halves[:, None].view(np.uint8))[:, 0]
+    np.testing.assert_array_equal(decoded.view(np.int32), halves.astype("f4").view(np.int32))
+
+
+def test_many_queries_are_scored_alike_by_any_threads(tmp_path, monkeypatch):
+    store = make_store(tmp_path, "sq8", [blocks_of("sq8", np.arange(ROWS))])
+    ids = IDS[np.random.default_rng(4).integers(0, ROWS, (7, 5))]
+    whole = store.scores(QUERIES, ids)
+    monkeypatch.setattr(refine, "IDS_AT_ONCE", 10)
+    for threads in (1, 3):
+        monkeypatch.setattr(faiss, "omp_get_max_threads", lambda count=threads: count)
+        np.testing.assert_array_equal(store.scores(QUERIES, ids), whole)
+        with pytest.raises(ValueError, match="vector id 5 is not in the refine store"):
+            store.scores(QUERIES, np.where(ids == ids[6, 4], 5, ids))
+    np.testing.assert_array_equal(
+        store.vectors(ids[0]),
+        decode_refine("sq8", encode_refine("sq8", VECTORS))[
+            [np.flatnonzero(one == IDS)[0] for one in ids[0]]
+        ],
+    )
+
+
 def test_what_cannot_be_encoded_is_refused():
     assert refine_code_bytes("none", DIM) == 0
     with pytest.raises(ValueError, match="refine is none"):
@@ -86,7 +112,7 @@ def test_a_file_holds_the_ids_then_the_codes_in_the_order_of_the_ids(kind, tmp_p
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("block_values", [3 * 5 * DIM, 2**22])
+@pytest.mark.parametrize("block_values", [3 * 5 * DIM, 2**17])
 def test_scores_are_inner_products_with_what_is_stored(kind, block_values, tmp_path, monkeypatch):
     monkeypatch.setattr(refine, "VALUES_AT_ONCE", block_values)
     store = make_store(tmp_path, kind, [blocks_of(kind, np.arange(ROWS))])

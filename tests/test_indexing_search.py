@@ -319,6 +319,23 @@ def test_calls_of_bounded_memory_are_one_search(templates):
         np.testing.assert_array_equal(search_index(index, QUERIES, K, point)[0], whole[0])
 
 
+def test_rabitq_asks_for_no_more_queries_at_once_than_faiss_survives():
+    dim, point = 256, SearchPoint(nprobe=8)
+    rows = np.random.default_rng(5).standard_normal((400, dim)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    template = train_index(IndexSpec.parse("IVF8,RaBitQfs", dim), rows, seed=0)
+    index = add_vectors(template, np.arange(len(rows)), rows)
+    # 2 GiB of rotated queries crash FAISS 1.15.1 in one thread.
+    assert probe._queries_at_once(index, 8, K) * 4 * dim * 8 <= 2**31
+    assert probe._queries_at_once(index, 2**22, K) == 1
+    whole = search_index(index, rows, K, point)
+    np.testing.assert_array_equal(whole[1][:, 0], np.arange(400))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "MAX_RABITQ_BYTES", 4 * dim * 8 * 150)
+        assert probe._queries_at_once(index, 8, K) == 150
+        assert_same(search_index(index, rows, K, point), whole)
+
+
 def test_points_that_do_not_fit_are_refused(templates):
     flat, ivf, hnsw = (fill(templates[name]) for name in FACTORIES[:3])
     for index, fields, fault in (

@@ -202,7 +202,8 @@ def test_pydantic_refuses_unknown_keys():
         ("IVF64,SQ8", 39 * 64),
         ("IVF4,PQ4np", 39 * 256),
         ("IVF4,PQ4x4fs", 39 * 16),
-        ("OPQ4_8,IVF4,PQ4x4fs", 39 * 256),
+        ("OPQ4_8,IVF4,PQ4x4fs", 39 * 16),
+        ("OPQ4_8,IVF4,PQ4np", 39 * 256),
         ("PCAR8,IVF4,SQ8", 512),
     ],
 )
@@ -248,7 +249,20 @@ def test_refine_bytes():
 def test_mappable():
     mappable = {spec.codec for spec in EACH_CODEC if spec.is_mappable}
     assert mappable == set(CODECS) - {"pqfs", "rabitqfs"}
-    assert not IndexSpec(dim=8).is_mappable
+    assert IndexSpec(dim=8).is_mappable
+
+
+@pytest.mark.parametrize("factory", ["Flat", "PCAR32,IVF64_HNSW32,SQ8", "IVF64,PQ32x4fs"])
+def test_partitions_share_one_quantizer(factory):
+    spec, shared = IndexSpec.parse(factory, 64), 0
+    if spec.nlist:
+        shared = spec.nlist * (4 * spec.inner_dim + (288 if spec.coarse == "hnsw" else 0))
+    assert spec.memory_bytes(500, partitions=1) == spec.memory_bytes(500)
+    parts = spec.memory_bytes(2_000, partitions=4)
+    assert parts == 4 * spec.memory_bytes(500) - 3 * shared
+    assert spec.memory_bytes(1_999, partitions=4) <= parts
+    with pytest.raises(ValueError, match="partitions is 0"):
+        spec.memory_bytes(500, partitions=0)
 
 
 def test_training_estimates_follow_the_formulas():
@@ -263,7 +277,15 @@ def test_training_estimates_follow_the_formulas():
         assert IndexSpec.parse(dearer, 128).training_bytes(60_000) >= spec.training_bytes(60_000)
     fast = IndexSpec.parse("IVF256,PQ64x4fs", 128).training_gflops(70_000)
     slow = IndexSpec.parse("IVF256,PQ32np", 128).training_gflops(70_000)
-    assert fast < slow < IndexSpec.parse("OPQ32,IVF256,PQ32np", 128).training_gflops(70_000)
+    opq = IndexSpec.parse("OPQ32,IVF256,PQ32np", 128)
+    assert fast < slow < opq.training_gflops(70_000)
+    codebooks = 2 * 65_536 * 256 * 128 * (40 + 9 * 4 + 10)
+    turns = 10 * (4 * 65_536 * 128 * 128 + 20 * 128**3)
+    extra = (codebooks + turns + 2 * 70_000 * 128 * 128) / 1e9
+    assert opq.training_gflops(70_000) - slow == pytest.approx(extra)
+    pca = IndexSpec.parse("PCAR128,IVF256,Flat", 128)
+    extra = (2 * 60_000 * 128 * 128 + 4 * 64 * 128 * 128 * 128 + 9 * 128**3) / 1e9
+    assert pca.training_gflops(60_000) - spec.training_gflops(60_000) == pytest.approx(extra)
 
 
 def test_rows_are_checked():

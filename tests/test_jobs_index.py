@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import duckdb
 import numpy as np
@@ -168,6 +173,37 @@ def test_a_build_goes_on_from_the_parts_that_are_whole(session, tmp_path):
     kept = {path for path, time in written.items() if path.stat().st_mtime_ns == time}
     assert kept == {path for path in written if lost not in path.parents}
     assert again.partitions[0].codes.sha256 == first.index.partitions[0].codes.sha256
+
+
+CHILD = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_jobs_index import *
+with ray_session(RayConfig(object_store_mb=100)):
+    store = Store(sys.argv[2])
+    build(store, make_live(store, np.load(sys.argv[3])), "killed")
+"""
+
+
+def test_a_build_that_is_killed_goes_on(session, tmp_path):
+    store = Store(str(tmp_path / "store"))
+    ids, _ = make_table(store)
+    np.save(tmp_path / "ids.npy", ids)
+    tests = Path(__file__).parent
+    command = [sys.executable, "-c", CHILD, tests, store.root, tmp_path / "ids.npy"]
+    child = subprocess.Popen(command, cwd=tests.parent, stderr=subprocess.DEVNULL)
+    records = Path(store.root, PARTIALS)
+    deadline = time.monotonic() + 120
+    while not any(records.glob(f"*/{RECORD}")):
+        assert child.poll() is None, "it ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    before = {path: path.stat().st_mtime_ns for path in records.glob(f"*/{RECORD}")}
+    index = build(store, make_live(store, ids), "again")
+    assert (index.ntotal, index.measured.missing, index.measured.extra) == (ROWS, 0, 0)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])

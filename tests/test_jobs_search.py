@@ -5,6 +5,7 @@
 
 import gc
 import json
+import re
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -224,6 +225,15 @@ def test_filter_by_metadata(shop, searcher):
             assert len(found) == len(allowed)
 
 
+def test_a_prepared_filter_serves_many_searches(shop, searcher):
+    for only in (pc.field("price") < 20, ["p3", "p77"]):
+        chosen = searcher.choose(only, field="text")
+        for rows in (shop.queries[:2], shop.queries[3:4]):
+            expected = searcher.search_vectors(rows, k=5, field="text", only=only)
+            assert searcher.search_vectors(rows, k=5, field="text", only=chosen) == expected
+    assert searcher.choose(None) is None
+
+
 def test_filter_keeps_the_order_of_the_unfiltered(shop, searcher):
     whole = searcher.search_vectors(shop.queries[:8], k=PRODUCTS, field="text")
     some = searcher.search_vectors(
@@ -411,3 +421,25 @@ def test_other_formats_and_damaged_entries_are_refused(shop, tmp_path):
         with pytest.raises(StoreError, match="damaged manifest"):
             Searcher(*change(fields={"image": left}))
     assert Searcher(*change()).fields == ["image", "text"]
+
+
+def test_files_open_without_vitrine_as_the_page_says(shop, searcher):
+    """The page's own reader, which knows FAISS and NumPy alone, finds what Searcher finds."""
+    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    for block in blocks:
+        compile(block, "serving.md", "exec")
+    (reader,) = (block for block in blocks if "def search_field" in block)
+    assert "jobs" not in reader
+    assert "indexing" not in reader
+    found = {}
+    exec(reader, found)
+    version = next(v for v, opened in shop.searchers.items() if opened is searcher)
+    indexes = Path(shop.store.root) / "indexes"
+    for field in ("image", "text"):
+        given = (indexes, shop.store.release(version).indexes, field, shop.queries, 10)
+        scores, ids = found["search_field"](*given)
+        expected = searcher.search_ids(shop.queries, 10, field=field)
+        np.testing.assert_allclose(scores, expected[0], atol=1e-5)
+        if field == "text":
+            np.testing.assert_array_equal(ids, expected[1])

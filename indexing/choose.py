@@ -24,6 +24,15 @@ EIGHT_BITS_UP_TO = 0.98
 FASTSCAN_LIST_ROWS = 512
 
 
+def trainable_rows(ntotal: int) -> int:
+    """Return how many of ntotal rows can train an index, with some held out to measure it.
+
+    Which are held out is drawn: six standard deviations fewer than their share is the rest.
+    """
+    spread = math.sqrt(ntotal * HELD_OUT_SHARE * (1 - HELD_OUT_SHARE))
+    return max(0, math.floor(ntotal * (1 - HELD_OUT_SHARE) - 6 * spread))
+
+
 def choose_spec(
     ntotal: int,
     dim: int,
@@ -110,7 +119,7 @@ def _choose_within(
 def _scalar_candidates(ntotal: int, dim: int, target: float) -> Iterator[IndexSpec]:
     if ntotal < FLAT_BELOW_ROWS:
         yield IndexSpec(dim=dim)
-    if ntotal * (1 - HELD_OUT_SHARE) < TRAINING_ROWS_PER_CENTROID:
+    if trainable_rows(ntotal) < TRAINING_ROWS_PER_CENTROID:
         return
     nlist = _usual_nlist(ntotal)
     yield _with_lists(dim, nlist)
@@ -121,7 +130,7 @@ def _scalar_candidates(ntotal: int, dim: int, target: float) -> Iterator[IndexSp
 
 def _fastscan_candidates(ntotal: int, dim: int, refine: Refine) -> Iterator[IndexSpec]:
     """Yield 4-bit codes of all lengths, over the usual number of lists and over fewer."""
-    if ntotal * (1 - HELD_OUT_SHARE) < TRAINING_ROWS_PER_CENTROID * 2**4:
+    if trainable_rows(ntotal) < TRAINING_ROWS_PER_CENTROID * 2**4:
         return
     nlist = _usual_nlist(ntotal)
     while True:
@@ -141,7 +150,7 @@ def _fastscan(
     much for a small catalog.
     """
     for pq_m in range(longest, 0, -1):
-        if 2 * pq_m < dim <= ntotal * (1 - HELD_OUT_SHARE):
+        if 2 * pq_m < dim <= trainable_rows(ntotal):
             yield _with_lists(dim, nlist, pca_dim=2 * pq_m, codec="pqfs", pq_m=pq_m, refine=refine)
         elif 2 * pq_m == dim:
             yield _with_lists(dim, nlist, codec="pqfs", pq_m=pq_m, refine=refine)
@@ -191,8 +200,7 @@ def _usual_nlist(ntotal: int) -> int:
     for rows, nlist in ((300_000_000, 131_072), (10_000_000, 65_536), (1_000_000, 16_384)):
         if ntotal >= rows:
             return nlist
-    training_rows = ntotal * (1 - HELD_OUT_SHARE)
-    trainable = 2 ** math.floor(math.log2(training_rows / TRAINING_ROWS_PER_CENTROID))
+    trainable = 2 ** math.floor(math.log2(trainable_rows(ntotal) / TRAINING_ROWS_PER_CENTROID))
     return int(min(_wanted_nlist(ntotal), trainable))
 
 

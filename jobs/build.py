@@ -7,9 +7,11 @@ from jobs.catalog import Catalog
 from jobs.config import JobConfig
 from jobs.contract import read_contract
 from jobs.diff import Plan
+from jobs.errors import StoreError
 from jobs.gate import Built, summarize_rows
 from jobs.ids import write_ids
-from jobs.index import FieldIndex, IndexJob, build_index, reasons_to_retrain
+from jobs.index import FieldIndex, IndexJob, build_index
+from jobs.index_choice import reasons_to_retrain
 from jobs.labelled import Labelled, encode_labelled
 from jobs.leases import live_leases
 from jobs.live import Live
@@ -95,7 +97,14 @@ def _base_manifest(run: Run, space: VectorSpace) -> dict[str, Any] | None:
     """Return the parent's manifest if its vectors were made by the same encoder."""
     if run.parent is None or run.parent.encoder != space.encoder:
         return None
-    return run.store.read_json("indexes", run.parent.indexes, "manifest.json")
+    manifest = run.store.read_json("indexes", run.parent.indexes, "manifest.json")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise StoreError(
+            f"{run.store.uri('indexes', run.parent.indexes)}: a manifest of format "
+            f"{manifest.get('format_version')!r}, expected {FORMAT_VERSION}: it is of another "
+            "version of Vitrine; make the store anew"
+        )
+    return manifest
 
 
 def _index_job(

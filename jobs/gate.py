@@ -134,6 +134,7 @@ def _check_counts(gate: GateConfig, rows: int, live: int, rejected: int) -> list
 
 def _check_index(gate: GateConfig, index: FieldIndex) -> list[str]:
     failures, found = [], index.measured
+    labelled = found.labelled_intersection_at_10
     if found.missing or found.extra:
         failures.append(
             f"{index.field}: {found.missing} live ids are not in the index, {found.extra} ids in "
@@ -141,11 +142,13 @@ def _check_index(gate: GateConfig, index: FieldIndex) -> list[str]:
         )
     for name, value, bar in (
         ("intersection_at_10", found.intersection_at_10, gate.min_intersection_at_10),
+        ("labelled_intersection_at_10", labelled, gate.min_intersection_at_10),
         ("self_retrieval", found.self_retrieval, gate.min_self_retrieval),
         ("overlap_at_10", found.overlap_at_10, gate.min_overlap_at_10),
     ):
         if value is not None and value < bar:
-            failures.append(f"{index.field}: {name} {value:.3f}, gate.min_{name} is {bar:.3f}")
+            key = f"gate.min_{name.removeprefix('labelled_')}"
+            failures.append(f"{index.field}: {name} {value:.3f}, {key} is {bar:.3f}")
     return failures
 
 

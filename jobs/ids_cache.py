@@ -30,8 +30,8 @@ _log = logging.getLogger(__name__)
 
 
 def machine_cache() -> Path:
-    """Return this machine's folder for the Arrow files of all releases and stores."""
-    return Path(tempfile.gettempdir()) / "vitrine-cache" / "ids"
+    """Return this user's folder on this machine for the Arrow files of all releases and stores."""
+    return Path(tempfile.gettempdir()) / f"vitrine-cache-{os.getuid()}" / "ids"
 
 
 def cache_ids(store: Store, entry: dict[str, Any], cache: Path, batch_rows: int) -> Path:
@@ -92,7 +92,9 @@ def _is_whole(path: Path) -> bool:
 @contextmanager
 def _lock(cache: Path) -> Iterator[None]:
     """Let one process of this machine fill a cache; the lock of a killed one is gone with it."""
-    cache.mkdir(parents=True, exist_ok=True)
+    for folder in (*reversed(cache.parents), cache):  # `parents=True` gives them another mode
+        if not folder.exists():
+            folder.mkdir(mode=0o700, exist_ok=True)
     with (cache / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

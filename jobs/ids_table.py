@@ -5,7 +5,7 @@ Letters: N rows, M of them.
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from jobs.state import ROW_GROUP_ROWS
 from jobs.store import Store
 
 Int64Array = npt.NDArray[np.int64]
+BLOCK_ROWS: Final = 2**20  # about; a range of ids holds 15 000 rows of a billion
 
 
 class Ids:
@@ -82,6 +83,16 @@ class Ids:
         return [
             self._products[batch][row].as_py() for batch, row in _pairs(*self._locate(vector_ids))
         ]
+
+    def present(self, vector_ids: Int64Array) -> Int64Array:
+        """Return those of vector ids (M,) int64 that are in the table."""
+        batches, rows = self._search(vector_ids, "left")
+        there = [
+            row < len(self._ids[batch]) and self._ids[batch][row] == wanted
+            for wanted, (batch, row) in zip(vector_ids.tolist(), _pairs(batches, rows), strict=True)
+        ]
+        known: Int64Array = vector_ids[np.array(there, bool)]
+        return known
 
     def select(self, predicate: pc.Expression) -> Int64Array:
         """Return the vector ids whose row satisfies a predicate; reads the columns that it names.
@@ -185,15 +196,32 @@ class Ids:
         starts = self._starts[batches] + rows
         batches, rows = self._search(lows | (1 << IMAGE_BITS) - 1, "right")
         counts = self._starts[batches] + rows - starts
-        owners = np.repeat(np.arange(len(products)), counts)
+        names, found = pa.array(products, pa.string()), [np.zeros((3, 0), np.int64)]
+        for _, mine in _group((np.cumsum(counts) - counts) // BLOCK_ROWS):
+            found.append(self._own_images(names, mine, starts[mine], counts[mine]))
+        batches, rows, owners = np.hstack(found)
+        return batches, rows, owners
+
+    def _own_images(
+        self, names: pa.StringArray, places: Int64Array, starts: Int64Array, counts: Int64Array
+    ) -> Int64Array:
+        """Return what `_images` does, (3, M), of the products at some places in `names`.
+
+        Args:
+            names: Product ids.
+            places: (P,), of the products in `names`.
+            starts: (P,) places in [0, N): where each one's range begins.
+            counts: (P,) rows of its range; two products may share it, so names are compared.
+        """
+        owners = np.repeat(np.arange(len(places)), counts)
         offsets = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
         batches, rows = self._divide(starts[owners] + offsets)
-        names = pa.array(products, pa.string())
-        kept = np.zeros(len(owners), bool)  # two products may share the upper bits
+        owners = places[owners]
+        kept = np.zeros(len(owners), bool)
         for batch, mine in _group(batches):
             found = self._products[batch].take(pa.array(rows[mine]))
             kept[mine] = _to_mask(pc.equal(found, names.take(pa.array(owners[mine]))))
-        return batches[kept], rows[kept], owners[kept]
+        return np.stack((batches[kept], rows[kept], owners[kept]))
 
     def _rows(self, batches: Int64Array, rows: Int64Array) -> list[dict[str, Any]]:
         """Return rows as dicts, in the order that they are given in."""

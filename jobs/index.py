@@ -7,7 +7,7 @@ task a partition merges them. Exact search over the same rows measures the resul
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import ray
@@ -19,26 +19,28 @@ from indexing.spec import IndexSpec
 from jobs import index_tasks
 from jobs.cluster import gather, largest_node_cpus, watch
 from jobs.config import IndexConfig
-from jobs.errors import ConfigError
+from jobs.errors import StoreError
+from jobs.index_choice import check_trainable, choose_spec
 from jobs.index_files import FieldFiles, IndexFile, count_partitions, read_files, read_point
 from jobs.index_tasks import Changes, Target
 from jobs.labelled import Labelled
 from jobs.live import Live
 from jobs.measure import (
     Measurement,
-    Queries,
     measure_index,
     point_name,
     sample_queries,
 )
 from jobs.partials import Partial
+from jobs.probe import Queries
 from jobs.space import VectorField
+from jobs.storage import StorageError
 from jobs.store import Store
 from jobs.vectors import MAX_KEY, Draw, sample_vectors
 
 TRAIN_ROWS_A_LIST = 64
 MIN_TRAIN_ROWS = 65_536  # what FAISS takes at most for a PQ codebook of 256 centroids
-MIB = 2**20
+MIN_HELD_OUT = 50  # so that a draw never holds out none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,88 +122,6 @@ class BuiltIndex:
     partials: tuple[str, ...]
 
 
-def choose_spec(config: IndexConfig, ntotal: int, dim: int) -> tuple[IndexSpec, list[str]]:
-    """Choose the index from the catalog's size, or take what the configuration says.
-
-    Raises:
-        ConfigError: The configured index is impossible for this dimension or number of rows, or
-            takes more memory than its budget.
-    """
-    budget = None if config.memory_budget_mb is None else _budget(config)
-    partitions = count_partitions(ntotal, config.max_partition_vectors)
-    try:
-        if config.factory is None:
-            spec, why = IndexSpec.for_catalog(
-                ntotal,
-                dim,
-                memory_budget_bytes=budget,
-                target_intersection=config.target_intersection,
-                partitions=partitions,
-            )
-        else:
-            spec = IndexSpec.parse(config.factory, dim)
-            why = [f"{spec.factory} is what the configuration says."]
-    except ValueError as error:
-        raise ConfigError(f"index: {error}") from error
-    taken = _memory_bytes(config, spec, ntotal)
-    if budget is not None and taken > budget:
-        raise ConfigError(
-            f"index: {spec.factory} with {ntotal:,} vectors takes {taken / MIB:,.0f} MiB, "
-            f"index.memory_budget_mb is {config.memory_budget_mb}: a smaller code, or leave "
-            "index.factory out"
-        )
-    available = min(_trainable(ntotal), config.train_rows or ntotal)
-    if spec.min_training_rows > available:
-        raise ConfigError(
-            f"index: {spec.factory} needs {spec.min_training_rows} training rows, there are "
-            f"{available}: fewer lists, a larger index.train_rows, or leave index.factory out to "
-            "have it chosen"
-        )
-    return spec, why
-
-
-def _budget(config: IndexConfig) -> int:
-    return (config.memory_budget_mb or 0) * MIB
-
-
-def _memory_bytes(config: IndexConfig, spec: IndexSpec, ntotal: int) -> int:
-    partitions = count_partitions(ntotal, config.max_partition_vectors)
-    return spec.memory_bytes(ntotal, partitions=partitions)
-
-
-def _trainable(ntotal: int) -> int:
-    """Return how many rows can be drawn to train with: some are held out as queries."""
-    return ntotal - int(ntotal * HELD_OUT_SHARE)
-
-
-def reasons_to_retrain(
-    config: IndexConfig, trained_with: dict[str, Any], base: dict[str, Any], ntotal: int
-) -> list[str]:
-    """List what forbids an update before anything is measured; empty: nothing does.
-
-    Args:
-        config: The index section.
-        trained_with: The index section of the release that the base belongs to.
-        base: The manifest's entry of the base.
-        ntotal: How many vectors the index will hold.
-    """
-    old = IndexSpec(**base["spec"])
-    new, _ = choose_spec(config, ntotal, old.dim)
-    names = ("seed", "train_rows", "memory_budget_mb")
-    reasons = [
-        f"index.{name} was {trained_with.get(name)}, the configuration says {value}."
-        for name in names
-        if trained_with.get(name) != (value := getattr(config, name))
-    ]
-    if config.factory is not None and new != old:
-        reasons.append(f"The configuration asks for {new.factory}, the index is {old.factory}.")
-    elif bool(new.nlist) != bool(old.nlist):
-        reasons.append(f"{ntotal:,} vectors are better held by {new.factory} than {old.factory}.")
-    elif config.memory_budget_mb and _memory_bytes(config, old, ntotal) > _budget(config):
-        reasons.append(f"{ntotal:,} vectors in {old.factory} take more than the memory budget.")
-    return reasons
-
-
 def build_index(job: IndexJob, progress: Callable[[str], None]) -> BuiltIndex:
     """Update or train one field's index, write it, tune and measure it.
 
@@ -215,7 +135,12 @@ def build_index(job: IndexJob, progress: Callable[[str], None]) -> BuiltIndex:
     """
     if job.base is None or job.retrain:
         return _train(job, job.retrain or ("There is no index to update.",), progress)
-    updated = _update(job, job.base, progress)
+    try:
+        updated = _update(job, job.base, progress)
+    except StorageError:
+        raise
+    except StoreError as error:  # damaged, or not what its release says: training makes another
+        return _train(job, (f"The newest release's index can't be updated: {error}.",), progress)
     before = updated.index.trained
     trained = IndexHealth(**{name: before[name] for name in IndexHealth.__dataclass_fields__})
     drift = find_drift(trained, _health_at(updated.index, before["point"]), job.config.drift)
@@ -227,6 +152,7 @@ def build_index(job: IndexJob, progress: Callable[[str], None]) -> BuiltIndex:
 
 def _train(job: IndexJob, reasons: tuple[str, ...], progress: Callable[[str], None]) -> BuiltIndex:
     spec, why = choose_spec(job.config, job.count, job.field.dim)
+    check_trainable(job.config, spec, job.count)
     held = _held_out(job, spec)
     queries = _queries(job, held, progress)
     target = Target(
@@ -263,7 +189,7 @@ def _held_out(job: IndexJob, spec: IndexSpec) -> int:
     """
     if not spec.nlist:
         return MAX_KEY  # a flat index learns nothing
-    share = min(HELD_OUT_SHARE, 2 * job.sample_rows / job.count)
+    share = min(HELD_OUT_SHARE, max(MIN_HELD_OUT, 2 * job.sample_rows) / job.count)
     return int(share * MAX_KEY)
 
 
@@ -323,7 +249,7 @@ def _fill(
         ]
     )
     files = FieldFiles(spec=target.spec, template=template, partitions=tuple(merged))
-    return files, tuple(partial.key for partial in partials)
+    return files, tuple(partial.key for partial in partials if partial.key)
 
 
 def _update(job: IndexJob, entry: dict[str, Any], progress: Callable[[str], None]) -> BuiltIndex:
@@ -374,6 +300,8 @@ def _describe(
     trained: dict[str, Any],
 ) -> FieldIndex:
     action, reasons, why = told
+    if measured.not_compared:
+        reasons = (*reasons, f"Not compared with the newest release: {measured.not_compared}.")
     return FieldIndex(
         field=job.field.name,
         template=files.template,
@@ -396,10 +324,11 @@ def _describe(
 def _health_at(index: FieldIndex, trained: dict[str, Any]) -> IndexHealth:
     """Return an index's health at the point of its training: drift must not hide in a dearer one.
 
-    Where an index has shrunk so far that it was not searched so deep, the deepest is as good.
+    Where the index was not searched so deep tonight, the next cheaper point stands for it.
     """
-    found = index.measured.intersections
-    point = SearchPoint(**trained)
+    found, point = index.measured.intersections, SearchPoint(**trained)
+    while point_name(point) not in found and point.nprobe > 1:
+        point = replace(point, nprobe=point.nprobe // 2)
     deepest = max(found.values())
     return IndexHealth(
         ntotal=index.ntotal,

@@ -171,6 +171,8 @@ def add(
     rows = np.concatenate(parts)
     rows = rows if mark is None else rows[rows[mark]]
     rows = rows[rows["first"]] if target.field.name == "text" else rows
+    if not len(rows):
+        return Partial(key="", files=(), counts=(0,) * target.partitions)
     content = np.sort(rows, order="vector_id")[["vector_id", "generation"]].tobytes()
     key = make_key(template.sha256, repr((target.field, target.spec, target.partitions)), content)
     found = find_partial(target.store, key)
@@ -207,9 +209,11 @@ def _fill(
     written, counts = [], []
     for number in range(target.partitions):
         part = take_range(index, *partition_range(number, target.partitions))
+        counts.append(part.ntotal)
+        if not part.ntotal:
+            continue
         path = scratch / target.file(number)
         written.append((path, write_partial(part, path)))
-        counts.append(part.ntotal)
         if width:
             path = scratch / target.file(number, "refine")
             blocks = _Blocks(ids, codes, number, target.partitions)
@@ -309,7 +313,10 @@ def _merge_codes(
             move_vectors([index, part])
             if not store.is_local:
                 path.unlink()
-    check_unique(stored_ids(index))
+    try:
+        check_unique(stored_ids(index))
+    except ValueError as error:
+        raise StoreError(f"the parts of index {target.field.name} overlap: {error}") from error
     return index
 
 
@@ -338,6 +345,8 @@ def _merge_refine(
             path = fetch_partial(target.store, partial, name, scratch)
             sha256 = partial.file(name).sha256
             parts.append(stored_blocks(open_refine(path, kind=kind, dim=dim, sha256=sha256)))
+            if not target.store.is_local:
+                path.unlink()  # it is mapped
     path = scratch / f"new-{name}"
     sha256 = write_refine(path, kind, dim, parts, count)
     return upload_file(target.store, path, sha256, target.folder, name)

@@ -6,6 +6,7 @@ the same name. A part counts once its record is there, which is written last.
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any
 
 from jobs.errors import StoreError
 from jobs.files import delete_files, list_files
-from jobs.storage import file_sha256, storage_errors
+from jobs.storage import StorageError, file_sha256, one_line, storage_errors
 from jobs.store import Store
 
 PARTIALS = "partials"
 RECORD = "record.json"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,21 +63,24 @@ def make_key(*parts: str | bytes | memoryview) -> str:
 
 
 def find_partial(store: Store, key: str) -> Partial | None:
-    """Return a part that an earlier try wrote, or None.
+    """Return a part that an earlier try wrote, or None: also where its record is damaged.
 
     Raises:
-        StoreError: Its record can't be read.
+        StoreError: The storage does not answer.
     """
     address = store.uri(PARTIALS, key, RECORD)
     with storage_errors(address, "read"):
         if not store.filesystem().exists(address):
             return None
-    values: dict[str, Any] = store.read_json(PARTIALS, key, RECORD)
     try:
+        values: dict[str, Any] = store.read_json(PARTIALS, key, RECORD)
         files = tuple(PartialFile(**one) for one in values["files"])
         return Partial(key=key, files=files, counts=tuple(values["counts"]))
-    except (KeyError, TypeError) as error:
-        raise StoreError(f"{address} is corrupted: no {error}") from error
+    except StorageError:
+        raise
+    except (StoreError, KeyError, TypeError) as error:
+        _log.warning("vitrine: the part of %s is made anew: %s", address, one_line(error))
+        return None
 
 
 def put_partial(
@@ -107,15 +112,25 @@ def fetch_partial(store: Store, partial: Partial, name: str, scratch: Path) -> P
         StoreError: The file is missing or damaged; its record is deleted then, so that the next
             run makes the part anew.
     """
-    path = store.local_copy(scratch, PARTIALS, partial.key, name)
-    found, expected = file_sha256(path), partial.file(name).sha256
+    address, expected = store.uri(PARTIALS, partial.key, name), partial.file(name).sha256
+    try:
+        path = store.local_copy(scratch, PARTIALS, partial.key, name)
+        with storage_errors(address, "read"):
+            found = file_sha256(path)
+    except StoreError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):  # a full disk harms no part
+            raise
+        raise _leave_out(store, partial, str(error)) from error
     if found != expected:
-        delete_files(store, [f"{PARTIALS}/{partial.key}/{RECORD}"])
-        raise StoreError(
-            f"{store.uri(PARTIALS, partial.key, name)} is corrupted: sha256 {found}, expected "
-            f"{expected}; it is left out now: run the command again, and it is made anew"
-        )
+        reason = f"{address} is corrupted: sha256 {found}, expected {expected}"
+        raise _leave_out(store, partial, reason)
     return path
+
+
+def _leave_out(store: Store, partial: Partial, reason: str) -> StoreError:
+    """Delete a part's record; return the error that says so."""
+    delete_files(store, [f"{PARTIALS}/{partial.key}/{RECORD}"])
+    return StoreError(f"{reason}; it is left out now: run the command again, and it is made anew")
 
 
 def delete_partials(store: Store, keys: Sequence[str]) -> None:

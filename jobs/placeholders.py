@@ -17,13 +17,15 @@ PLACEHOLDERS = 10
 PLACEHOLDER_ROWS = 3
 Shared = list[tuple[int, int]]
 """How many live rows an image has, and the vector id of one, most rows first."""
+TALLY = np.dtype([("content", np.int64), ("rows", np.int64), ("vector_id", np.int64)])
 
 
 def find_placeholders(store: Store, ids: dict[str, Any], live: Live) -> list[dict[str, Any]]:
     """Name the images that most live rows share, with a product of each.
 
-    The rows are divided by the hash of their image's bytes, a task a part: the counts are exact,
-    however many buckets of vector ids there are.
+    Each bucket counts its images, and its counts are divided by the hash of the image's bytes, a
+    task a part: the sums are exact, however many buckets of vector ids there are, and no task
+    holds all rows of an image that much of the catalog shares.
 
     Args:
         store: The store.
@@ -50,31 +52,46 @@ def find_placeholders(store: Store, ids: dict[str, Any], live: Live) -> list[dic
 
 @ray.remote(num_cpus=1)
 def _split(rows: Records, parts: int) -> Any:  # noqa: ANN401 - one array, or several
-    known = rows[rows["content"] != 0][["content", "vector_id"]]
-    divided = split_rows(known, known["content"].view(np.uint64) % np.uint64(parts), parts)
+    tallies = tally_images(rows)
+    keys = tallies["content"].view(np.uint64) % np.uint64(parts)
+    divided = split_rows(tallies, keys, parts)
     return divided if parts > 1 else divided[0]
 
 
 @ray.remote(num_cpus=1)
 def _count(*parts: Records) -> Shared:
-    return count_shared(np.concatenate(parts))
+    """Return the images with most rows, those with fewer than `PLACEHOLDER_ROWS` left out."""
+    tallies = _add_up(np.concatenate(parts))
+    most = tallies[np.argsort(-tallies["rows"], kind="stable")[:PLACEHOLDERS]]
+    most = most[most["rows"] >= PLACEHOLDER_ROWS]
+    return list(zip(most["rows"].tolist(), most["vector_id"].tolist(), strict=True))
 
 
-def count_shared(rows: Records) -> Shared:
+def tally_images(rows: Records) -> Records:
     """Count the rows of each image.
 
     Args:
-        rows: (N,) records with `content`, the hash of the image's bytes, and `vector_id`.
+        rows: (N,) records with `content`, the hash of the image's bytes, 0 where there is none,
+            and `vector_id`.
 
     Returns:
-        The images with most rows, those with fewer than `PLACEHOLDER_ROWS` left out.
+        (M,) `TALLY`, one an image, by content; `vector_id` is the smallest of its rows.
     """
-    ordered = np.sort(rows, order=["content", "vector_id"])
-    _, first, counts = np.unique(ordered["content"], return_index=True, return_counts=True)
-    most = np.argsort(-counts, kind="stable")[:PLACEHOLDERS]
-    most = most[counts[most] >= PLACEHOLDER_ROWS]
-    ids = ordered["vector_id"][first[most]]
-    return list(zip(counts[most].tolist(), ids.tolist(), strict=True))
+    known = rows[rows["content"] != 0]
+    tallies = np.ones(len(known), TALLY)
+    tallies["content"], tallies["vector_id"] = known["content"], known["vector_id"]
+    return _add_up(tallies)
+
+
+def _add_up(tallies: Records) -> Records:
+    """Join the tallies of each image: (N,) to (M,) `TALLY`, by content."""
+    ordered = tallies[np.argsort(tallies["content"], kind="stable")]
+    contents, first = np.unique(ordered["content"], return_index=True)
+    sums = np.zeros(len(contents), TALLY)
+    sums["content"] = contents
+    sums["rows"] = np.add.reduceat(ordered["rows"], first)
+    sums["vector_id"] = np.minimum.reduceat(ordered["vector_id"], first)
+    return sums
 
 
 @ray.remote(num_cpus=1)

@@ -100,7 +100,7 @@ class Searcher:
         if version != FORMAT_VERSION or missing or not isinstance(self.manifest["query"], dict):
             raise StoreError(
                 f"{store.uri('indexes', indexes)}: a manifest of format {version!r}, expected "
-                f"{FORMAT_VERSION}: run the refresh again"
+                f"{FORMAT_VERSION}: it is of another version of Vitrine; make the store anew"
             )
         self.space = read_contract(self.manifest["query"])
         expected = encoder if isinstance(encoder, str) else self.manifest["encoder"]
@@ -271,7 +271,8 @@ class Searcher:
         """
         name = self._field(field)
         point = point or self.points[name]
-        return search_partitions(self.indexes[name], queries, k, point, only=only, pool=self._pool)
+        pool = self._pool if len(self.indexes[name]) > 1 else None
+        return search_partitions(self.indexes[name], queries, k, point, only=only, pool=pool)
 
     def choose(
         self, only: pc.Expression | Collection[str] | None, *, field: str | None = None
@@ -281,10 +282,10 @@ class Searcher:
         Raises:
             JobError: The predicate can't be used, or there is no such field.
         """
-        ids, partitions = self.select(only), self.indexes[self._field(field)]
-        if ids is None:
-            return None
-        return choose(ids, sum(partition.index.ntotal for partition in partitions))
+        self._field(field)
+        ids = self.select(only)
+        # A text field holds one vector a product, the filter all its images: the share is of those.
+        return None if ids is None else choose(ids, len(self.ids))
 
     def select(self, only: pc.Expression | Collection[str] | None) -> Int64Array | None:
         """Return the vector ids (M,) int64, rising, that a filter lets through; None: all.

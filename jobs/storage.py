@@ -25,6 +25,7 @@ import tenacity
 from botocore.exceptions import BotoCoreError, ClientError
 from botocore.exceptions import ConnectionError as S3ConnectionError
 from fsspec.asyn import sync_wrapper
+from fsspec.implementations.local import LocalFileSystem
 from s3fs.core import S3_RETRYABLE_ERRORS
 from s3fs.errors import translate_boto_error
 
@@ -178,6 +179,40 @@ def file_sha256(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def put_whole(filesystem: fsspec.AbstractFileSystem, source: Path | bytes, target: str) -> None:
+    """Write a file that appears whole or not at all, as on S3, so on a local file system.
+
+    Two may write it at once, and who has mapped the one that was there before keeps that.
+
+    Args:
+        filesystem: Where it is written.
+        source: A local file, or what to write.
+        target: Its address; a local folder that is missing is made.
+
+    Raises:
+        OSError: It can't be written; so do the other errors of `storage_errors`.
+    """
+    if isinstance(filesystem, LocalFileSystem):
+        _replace_local(source, Path(filesystem._strip_protocol(target)))
+    elif isinstance(source, Path):
+        filesystem.put_file(str(source), target)
+    else:
+        filesystem.pipe_file(target, source)
+
+
+def _replace_local(source: Path | bytes, local: Path) -> None:
+    local.parent.mkdir(parents=True, exist_ok=True)
+    part = local.with_name(f"{local.name}.{uuid.uuid4().hex}.part")
+    try:
+        if isinstance(source, Path):
+            shutil.copyfile(source, part)
+        else:
+            part.write_bytes(source)
+        part.replace(local)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def fetch_file(filesystem: fsspec.AbstractFileSystem, target: str, local: Path) -> None:

@@ -33,6 +33,7 @@ from jobs.storage import (
     one_line,
     open_filesystem,
     parquet_errors,
+    put_whole,
     storage_errors,
 )
 
@@ -112,10 +113,7 @@ class Store:
         """
         target = self.uri(*parts)
         with storage_errors(target, "written"):
-            filesystem = self.filesystem()
-            if self.is_local:
-                filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
-            filesystem.pipe_file(target, text.encode("utf-8", "replace"))
+            put_whole(self.filesystem(), text.encode("utf-8", "replace"), target)
         return target
 
     def write_json(self, value: dict[str, Any], *parts: str) -> str:
@@ -143,17 +141,14 @@ class Store:
         return value
 
     def upload(self, source: Path, *parts: str) -> str:
-        """Copy a local file into the store; return its address.
+        """Copy a local file into the store whole; return its address.
 
         Raises:
             StoreError: It can't be written.
         """
         target = self.uri(*parts)
         with storage_errors(target, "written"):
-            filesystem = self.filesystem()
-            if self.is_local:
-                filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
-            filesystem.put_file(str(source), target)
+            put_whole(self.filesystem(), source, target)
         return target
 
     def local_copy(self, cache: Path, *parts: str) -> Path:

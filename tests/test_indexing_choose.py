@@ -1,10 +1,11 @@
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from indexing.choose import HELD_OUT_SHARE
+from indexing.choose import HELD_OUT_SHARE, trainable_rows
 from indexing.spec import IndexSpec
 
 
@@ -127,3 +128,11 @@ def test_the_budget_holds_or_the_least_that_would_do_is_named(
 def test_nonsense_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         IndexSpec.for_catalog(**{"ntotal": 20_000, "dim": 8, **arguments})
+
+
+@pytest.mark.parametrize("ntotal", [1560, 1600, 3120, 6240, 12_480, 24_960, 49_920])
+def test_what_is_held_out_leaves_enough_to_train(ntotal):
+    """Which rows are held out is drawn: in 300 draws there are always enough of the others."""
+    spec, _ = IndexSpec.for_catalog(ntotal, 64)
+    held = np.random.default_rng(0).binomial(ntotal, HELD_OUT_SHARE, 300)
+    assert ntotal - held.max() >= max(spec.min_training_rows, trainable_rows(ntotal))

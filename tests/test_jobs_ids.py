@@ -2,7 +2,9 @@
 
 import json
 import os
+import tempfile
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import ray
 from table_rows import make_live
 
+from jobs import ids_table
 from jobs.buckets import split_by_bucket
 from jobs.catalog import read_catalog
 from jobs.cluster import ray_session
@@ -20,7 +23,7 @@ from jobs.config import CatalogConfig, RayConfig
 from jobs.diff import Plan
 from jobs.errors import CatalogError, JobError, StoreError
 from jobs.ids import KEYS, write_ids
-from jobs.ids_cache import UNUSED_S
+from jobs.ids_cache import UNUSED_S, machine_cache
 from jobs.ids_table import Ids
 from jobs.live import Live, LiveRows
 from jobs.schemas import IMAGE_BITS, vector_id
@@ -217,6 +220,25 @@ def test_products_are_told_apart_that_share_the_upper_bits(tmp_path):
     assert ids.first_rows({"mine", "gone"}) == {"mine": rows[2]}
 
 
+def test_ranges_full_of_other_products_are_walked_in_little_memory(tmp_path, monkeypatch):
+    names = [f"p{n}" for n in range(40)]
+    starts = {name: vector_id(name, 0) >> IMAGE_BITS << IMAGE_BITS for name in names}
+    rows = [
+        {"vector_id": start + n, "product_id": name if n % 100 == 7 else "other",
+         "image_number": 300 - n, "image_uri": None, "metadata": {"n": n}}
+        for name, start in starts.items() for n in range(300)
+    ]  # fmt: skip
+    ids = Table(tmp_path, sorted(rows, key=lambda row: row["vector_id"])).open()
+    expected = sorted(start + n for start in starts.values() for n in (7, 107, 207))
+    monkeypatch.setattr(ids_table, "BLOCK_ROWS", 1_000)
+    tracemalloc.start()
+    found, (_, peak) = ids.select_products([*names, "gone"]), tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.tolist() == expected
+    assert peak < 12_000 * 4 * 8  # four numbers of every row in the ranges
+    assert {row["image_number"] for row in ids.first_rows(names).values()} == {93}
+
+
 def test_all_products_are_found_by_name(tmp_path):
     rows = make_rows(40, 3)
     ids = Table(tmp_path, rows).open()
@@ -229,6 +251,14 @@ def test_all_products_are_found_by_name(tmp_path):
     )
     assert ids.sample_rows(3) == [rows[0], rows[59], rows[-1]]
     assert ids.sample_rows(1_000) == rows
+
+
+def test_ids_that_are_not_there(tmp_path):
+    rows = make_rows(3, 2)
+    ids, wanted = Table(tmp_path, rows).open(), [row["vector_id"] for row in rows]
+    asked = int64([-1, wanted[0], wanted[0] + 1, wanted[-1], 2**63 - 1])
+    assert ids.present(asked).tolist() == [wanted[0], wanted[-1]]
+    assert ids.present(int64([])).tolist() == []
 
 
 def test_columns_of_dictionaries_that_differ(tmp_path):
@@ -275,6 +305,17 @@ def test_a_file_cut_short_is_made_again(tmp_path, share):
     assert len(table.open()) == whole
     assert table.arrow.read_bytes() == content
     assert not (table.cache / "work").exists()
+
+
+def test_the_cache_of_a_machine_is_its_users_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    table = Table(tmp_path, make_rows(3))
+    table.cache = machine_cache()
+    table.open()
+    assert str(os.getuid()) in table.cache.relative_to(tmp_path).parts[0]
+    assert [path.stat().st_mode & 0o777 for path in (table.cache, table.cache.parent)] == [
+        0o700
+    ] * 2
 
 
 def test_what_nobody_opens_leaves_the_cache(tmp_path):

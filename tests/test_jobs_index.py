@@ -19,13 +19,15 @@ from indexing.build import add_vectors
 from indexing.drift import DriftLimits
 from indexing.refine import encode_refine
 from indexing.search import SearchPoint, search_index, search_partition, search_partitions
+from indexing.spec import IndexSpec
 from jobs.buckets import split_by_bucket
 from jobs.cluster import ray_session
 from jobs.config import IndexConfig, RayConfig
 from jobs.diff import Plan
 from jobs.embed_write import write_data_file
 from jobs.errors import ConfigError, StoreError
-from jobs.index import IndexJob, build_index, choose_spec, reasons_to_retrain
+from jobs.index import IndexJob, build_index
+from jobs.index_choice import choose_spec, reasons_to_retrain
 from jobs.index_files import open_index, open_partitions, read_files
 from jobs.items import PLAN_DTYPE
 from jobs.live import STALE_DTYPE, join_live
@@ -286,6 +288,24 @@ def test_a_trained_index_is_updated_beside_the_old_one(session, tmp_path, most):
     assert (kept.action, kept.partitions) == ("kept", new.partitions)
 
 
+def test_a_damaged_base_is_replaced_not_obeyed(session, tmp_path):
+    store = Store(str(tmp_path))
+    ids, _ = make_table(store)
+    old = build(store, make_live(store, ids[:-200]), "old")
+    path = tmp_path / "indexes" / "old" / old.partitions[0].codes.file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    live = with_release(make_live(store, ids), ids[:-200])
+    new = build(store, live, "new", base=entry(old))
+    assert (new.action, new.ntotal, new.measured.overlap_at_10) == ("trained", ROWS, None)
+    assert "can't be updated" in new.reasons[0]
+    assert "is corrupted" in new.reasons[0]
+    assert "Not compared with the newest release" in new.reasons[-1]
+    (partition,) = opened(store, new)
+    assert partition.index.ntotal == ROWS
+
+
 def unit(vectors):
     """What the table gives back of vectors."""
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -309,6 +329,8 @@ def test_drift_trains_anew_and_says_why(session, tmp_path):
         ({"seed": 1}, 12_000, ["index.seed was 0"]),
         ({"factory": "IVF64,SQ8"}, 12_000, ["asks for IVF64,SQ8"]),
         ({"memory_budget_mb": 1}, 12_000, ["index.memory_budget_mb was None"]),
+        ({"target_intersection": 0.999}, 12_000, ["asks for IVF128,PQ16x4fs,Refine(SQfp16)"]),
+        ({"factory": "IVF4096,SQ8"}, 12_000, ["asks for IVF4096,SQ8"]),  # training it says no
         ({}, 500, ["better held by Flat"]),
     ],
 )
@@ -327,6 +349,13 @@ def test_impossible_index_is_a_config_error(session, tmp_path):
     config = IndexConfig(factory="IVF4096,PQ8np")
     with pytest.raises(ConfigError, match="training rows"):
         build_index(make_job(store, make_live(store, ids), "r", config), quiet)
+
+
+def test_no_factory_any_more_leaves_the_choice_again():
+    spec = dataclasses.asdict(IndexSpec.parse("IVF64,SQ8", DIM))
+    trained_with = IndexConfig(factory="IVF64,SQ8").model_dump(mode="json")
+    (reason,) = reasons_to_retrain(IndexConfig(), trained_with, {"spec": spec}, 12_000)
+    assert "the index is IVF64,SQ8" in reason
 
 
 @pytest.mark.parametrize("ids", [np.arange(4000), np.arange(4000) * 2**50 + 7])

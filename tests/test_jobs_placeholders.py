@@ -10,7 +10,7 @@ from jobs.buckets import split_by_bucket
 from jobs.cluster import ray_session
 from jobs.config import RayConfig
 from jobs.live import LIVE_DTYPE, Live, LiveRows
-from jobs.placeholders import PLACEHOLDERS, find_placeholders
+from jobs.placeholders import PLACEHOLDERS, TALLY, find_placeholders, tally_images
 from jobs.store import Store
 
 
@@ -51,3 +51,13 @@ def test_counts_are_exact_over_any_buckets(session, tmp_path, buckets):
     first = names[int(np.flatnonzero(rows["content"] == -7)[0])]
     assert found[0] == {"rows": 40, "product_id": first, "image_uri": first}
     assert len(found) <= PLACEHOLDERS
+
+
+def test_an_image_that_most_rows_share_is_one_record_a_bucket():
+    rows = make_rows({-7: 1_000, 5: 2, 0: 100})[::-1]
+    tallies = tally_images(rows)
+    ids = [rows["vector_id"][rows["content"] == content].min() for content in (-7, 5)]
+    assert tallies.tolist() == [(-7, 1_000, ids[0]), (5, 2, ids[1])]
+    assert tallies.dtype == TALLY
+    assert tallies.nbytes == 2 * 3 * 8  # packed: nothing else of a live row goes along
+    assert len(tally_images(rows[:0])) == 0

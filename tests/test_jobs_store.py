@@ -180,6 +180,26 @@ def test_checkpoint_is_copied_once(store, tmp_path):
         store.local_copy(tmp_path / "cache", "checkpoints", "g")
 
 
+def test_what_is_mapped_stays_when_a_file_is_written_again(store, tmp_path):
+    (tmp_path / "one").write_bytes(b"first")
+    target = store.upload(tmp_path / "one", "partials", "key", "file")
+    (tmp_path / "one").write_bytes(b"other")
+    for write in (
+        lambda: store.upload(tmp_path / "one", "partials", "key", "file"),
+        lambda: store.write_text("third", "partials", "key", "file"),
+    ):
+        with open(target, "rb") as opened:
+            before = opened.read()
+            write()
+            opened.seek(0)
+            assert opened.read() == before
+    assert [path.name for path in (tmp_path / "store" / "partials" / "key").iterdir()] == ["file"]
+    with pytest.raises(StoreError, match="is missing"):
+        store.upload(tmp_path / "gone", "partials", "key", "file")
+    with open(target) as opened:
+        assert opened.read() == "third"
+
+
 def test_root_is_one_however_it_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Store("a/").root == Store(str(tmp_path / "a")).root

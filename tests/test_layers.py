@@ -75,7 +75,7 @@ def test_open_clip_stays_in_encoders():
 
 
 def test_faiss_stays_in_indexing_and_its_stage():
-    allowed = {"jobs/index_files.py", "jobs/index_tasks.py", "jobs/measure.py"}
+    allowed = {"jobs/index_files.py", "jobs/index_tasks.py", "jobs/probe.py"}
     found = offenders([*modules("jobs"), *modules("encoders")], {"faiss"})
     assert {path for path, _ in found} <= allowed
 

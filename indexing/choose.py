@@ -24,13 +24,17 @@ EIGHT_BITS_UP_TO = 0.98
 FASTSCAN_LIST_ROWS = 512
 
 
-def trainable_rows(ntotal: int) -> int:
+def trainable_rows(ntotal: int, held_out: float = HELD_OUT_SHARE) -> int:
     """Return how many of ntotal rows can train an index, with some held out to measure it.
 
     Which are held out is drawn: six standard deviations fewer than their share is the rest.
+
+    Args:
+        ntotal: How many rows there are.
+        held_out: The share that is held out, 0 to 1.
     """
-    spread = math.sqrt(ntotal * HELD_OUT_SHARE * (1 - HELD_OUT_SHARE))
-    return max(0, math.floor(ntotal * (1 - HELD_OUT_SHARE) - 6 * spread))
+    spread = math.sqrt(ntotal * held_out * (1 - held_out))
+    return max(0, math.floor(ntotal * (1 - held_out) - 6 * spread))
 
 
 def choose_spec(

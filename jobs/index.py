@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from indexing.choose import HELD_OUT_SHARE
+from indexing.choose import HELD_OUT_SHARE, trainable_rows
 from indexing.drift import IndexHealth, find_drift
 from indexing.search import SearchPoint
 from indexing.spec import IndexSpec
@@ -20,7 +20,7 @@ from jobs import index_tasks
 from jobs.cluster import gather, largest_node_cpus, watch
 from jobs.config import IndexConfig
 from jobs.errors import StoreError
-from jobs.index_choice import check_trainable, choose_spec
+from jobs.index_choice import HELD_OUT_SHARES, check_trainable, choose_spec
 from jobs.index_files import FieldFiles, IndexFile, count_partitions, read_files, read_point
 from jobs.index_tasks import Changes, Target
 from jobs.labelled import Labelled
@@ -190,6 +190,9 @@ def _held_out(job: IndexJob, spec: IndexSpec) -> int:
     if not spec.nlist:
         return MAX_KEY  # a flat index learns nothing
     share = min(HELD_OUT_SHARE, max(MIN_HELD_OUT, 2 * job.sample_rows) / job.count)
+    for smaller in HELD_OUT_SHARES:
+        if trainable_rows(job.count, share) < spec.min_training_rows:
+            share = min(share, smaller)
     return int(share * MAX_KEY)
 
 

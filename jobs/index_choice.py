@@ -2,13 +2,15 @@
 
 from typing import Any
 
-from indexing.choose import trainable_rows
+from indexing.choose import HELD_OUT_SHARE, trainable_rows
 from indexing.spec import IndexSpec
 from jobs.config import IndexConfig
 from jobs.errors import ConfigError
 from jobs.index_files import count_partitions
 
 MIB = 2**20
+# An index that the configuration names may need nearly all rows of a small catalog to train.
+HELD_OUT_SHARES = (HELD_OUT_SHARE, 0.1, 0.05)
 
 
 def choose_spec(config: IndexConfig, ntotal: int, dim: int) -> tuple[IndexSpec, list[str]]:
@@ -50,7 +52,7 @@ def check_trainable(config: IndexConfig, spec: IndexSpec, ntotal: int) -> None:
     Raises:
         ConfigError: As the first line says.
     """
-    available = min(trainable_rows(ntotal), config.train_rows or ntotal)
+    available = min(trainable_rows(ntotal, HELD_OUT_SHARES[-1]), config.train_rows or ntotal)
     if spec.min_training_rows > available:
         raise ConfigError(
             f"index: {spec.factory} needs {spec.min_training_rows} training rows, there are "

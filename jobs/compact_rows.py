@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from jobs.buckets import Parts, Records, split_rows
+from jobs.buckets import Parts, Records, sort_records, split_rows
 from jobs.cluster import gather
 from jobs.embed_write import write_data_file
 from jobs.schemas import DELETE, EMBEDDINGS
@@ -76,7 +76,7 @@ def _count_needed(
 
 def _order(parts: tuple[Records, ...]) -> Records:
     rows = np.concatenate([np.zeros(0, STATE_DTYPE), *parts])
-    return np.sort(rows, order=["vector_id", "generation", "file", "row"])
+    return sort_records(rows, "vector_id", "generation", "file", "row")
 
 
 def mark_needed(rows: Records, generation: int, rewritten: BoolArray) -> BoolArray:
@@ -135,7 +135,7 @@ def find_places(
 @ray.remote(num_cpus=1)
 def rewrite(store: Store, names: list[str], *parts: Records) -> list[DataFile]:
     """Carry rows over into new data files; no commit names them yet."""
-    places = np.sort(np.concatenate(parts), order=["file", "row"])
+    places = sort_records(np.concatenate(parts), "file", "row")
     # Parts of one size: a small one at each end would soon be rewritten again.
     limit = -(-len(places) // -(-len(places) // FILE_ROWS))
     return [

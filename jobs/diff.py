@@ -20,6 +20,7 @@ from jobs.buckets import (
     count_buckets,
     make_groups,
     scatter,
+    sort_records,
     split_by_bucket,
     split_rows,
     turn,
@@ -305,10 +306,10 @@ def join_parts(counts: list[int], parts: tuple[Records, ...]) -> tuple[Records, 
     """
     edges = np.cumsum([0, *counts])
     kinds = [list(parts[low:high]) for low, high in pairwise(edges)]
-    plan = np.sort(np.concatenate([np.zeros(0, PLAN_DTYPE), *kinds[0]]), order="vector_id")
+    plan = sort_records(np.concatenate([np.zeros(0, PLAN_DTYPE), *kinds[0]]), "vector_id")
     state = newest_rows(np.concatenate([np.zeros(0, STATE_DTYPE), *kinds[1]]))
     released = np.concatenate([np.zeros(0, RELEASED_DTYPE), *kinds[2]])
-    return plan, state, np.sort(released, order="vector_id")
+    return plan, state, sort_records(released, "vector_id")
 
 
 def compare_rows(

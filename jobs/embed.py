@@ -16,7 +16,7 @@ import numpy.typing as npt
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
-from jobs.buckets import Records
+from jobs.buckets import Records, sort_records
 from jobs.cluster import cluster_cpus, cluster_gpus, gather, ray_errors
 from jobs.diff import Diff
 from jobs.duplicates import image_vectors
@@ -191,7 +191,7 @@ def plan_work(diff: Diff, most: int) -> tuple[list[Any], list[dict[str, int]]]:
 
 @ray.remote(num_cpus=1)
 def _sort_todo(*parts: Records) -> Records:
-    return np.sort(np.concatenate(parts), order=["unit", "vector_id"])
+    return sort_records(np.concatenate(parts), "unit", "vector_id")
 
 
 @ray.remote(num_cpus=1)

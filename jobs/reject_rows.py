@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray
 
-from jobs.buckets import Records, count_buckets
+from jobs.buckets import Records, count_buckets, sort_records
 from jobs.cluster import cluster_cpus, gather, gather_bounded
 from jobs.diff import Retry
 from jobs.images import RejectReason
@@ -178,7 +178,7 @@ def _pack(rows: Records, again: npt.NDArray[np.bool_]) -> Records:
         packed[name] = rows[name]
     packed["newer"] = -np.where(rows["first_seen"] > 0, rows["first_seen"], rows["written_at"])
     packed["retry"] = again
-    return np.sort(packed, order=["newer", "vector_id"])
+    return sort_records(packed, "newer", "vector_id")
 
 
 def _read_blocks(rows: Any) -> Iterator[tuple[Any, ...]]:  # noqa: ANN401

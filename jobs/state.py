@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
-from jobs.buckets import Parts, Records, make_groups, scatter, split_by_bucket, turn
+from jobs.buckets import Parts, Records, make_groups, scatter, sort_records, split_by_bucket, turn
 from jobs.cluster import gather
 from jobs.errors import StoreError
 from jobs.images import RejectReason
@@ -112,7 +112,7 @@ def newest_rows(rows: Records) -> Records:
     Args:
         rows: (N,) records of `STATE_DTYPE`, all rows of the ids among them.
     """
-    ordered = np.sort(rows, order=["vector_id", "generation", "file", "row"])
+    ordered = sort_records(rows, "vector_id", "generation", "file", "row")
     newest = np.ones(len(ordered), bool)
     newest[:-1] = ordered["vector_id"][1:] != ordered["vector_id"][:-1]
     return ordered[newest]

@@ -3,11 +3,9 @@
 Letters: B rows of a batch, D dimension, H W pixels, L tokens.
 """
 
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +23,7 @@ from jobs.items import Item, read_items
 from jobs.schemas import hash63
 from jobs.space import VectorSpace
 from jobs.state import take_rows
+from jobs.storage import machine_cache
 from jobs.store import Store
 
 if TYPE_CHECKING:
@@ -234,14 +233,9 @@ def _tokenizer(task: EmbedTask) -> Any:  # noqa: ANN401
     if encoder not in _tokenizers:
         from encoders.checkpoint import load_tokenizers
 
-        directory = task.store.local_copy(checkpoint_cache(), "checkpoints", encoder)
+        directory = task.store.local_copy(machine_cache(), "checkpoints", encoder)
         _tokenizers[encoder] = load_tokenizers(directory).product
     return _tokenizers[encoder]
-
-
-def checkpoint_cache() -> Path:
-    """Return this machine's folder for checkpoints of remote stores; names are content hashes."""
-    return Path(tempfile.gettempdir()) / "vitrine-cache"
 
 
 class Embedder:
@@ -261,7 +255,7 @@ class Embedder:
         torch.set_num_threads(threads)
         self.task = task
         self.shared = SharedVectors(task.image_vectors, task.space.dim)
-        directory = task.store.local_copy(checkpoint_cache(), "checkpoints", task.space.encoder)
+        directory = task.store.local_copy(machine_cache(), "checkpoints", task.space.encoder)
         self.encoder: Encoder = load_encoder(
             directory, precision=task.embed.precision, expected_fingerprint=task.space.encoder
         )

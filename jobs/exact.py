@@ -13,12 +13,12 @@ import ray
 from indexing.search import group_by_product
 from jobs.buckets import make_groups, scatter, split_rows, turn
 from jobs.cluster import gather
-from jobs.ids_cache import machine_cache
 from jobs.ids_table import Ids
 from jobs.live import LIVE_DTYPE, Live, LiveRows
 from jobs.release_files import read_file_names
 from jobs.space import VectorField
 from jobs.state import ROW_GROUP_ROWS, read_row_groups, rows_address
+from jobs.storage import machine_cache
 from jobs.store import Release, Store
 from jobs.vectors import exact_search
 
@@ -51,6 +51,7 @@ def release_rows(store: Store, release: Release, bucket_rows: int) -> LiveRows:
     kept = [number for number in range(len(files)) if live[number]]
     return LiveRows(
         files=[(files[n].start, names[files[n].start : files[n].stop]) for n in kept],
+        group_rows=[int(live[n]) for n in kept],
         parts=[filled[n] for n in kept],
         vectors=release.vectors,
         products=release.products,
@@ -147,4 +148,4 @@ def _products(
 
 def _open_ids(store: Store, release: Release) -> Ids:
     entry = store.read_json("indexes", release.indexes, "manifest.json")["ids"]
-    return Ids.open(store, entry, machine_cache())
+    return Ids.open(store, entry, machine_cache() / "ids")

@@ -9,7 +9,6 @@ import fcntl
 import logging
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,11 +26,6 @@ from jobs.store import Store
 
 UNUSED_S: Final = 2 * 86_400.0  # an Arrow file that nobody opened for so long makes room
 _log = logging.getLogger(__name__)
-
-
-def machine_cache() -> Path:
-    """Return this user's folder on this machine for the Arrow files of all releases and stores."""
-    return Path(tempfile.gettempdir()) / f"vitrine-cache-{os.getuid()}" / "ids"
 
 
 def cache_ids(store: Store, entry: dict[str, Any], cache: Path, batch_rows: int) -> Path:

@@ -13,12 +13,12 @@ import ray
 from jobs.cluster import cluster_gpus, gather
 from jobs.config import EvaluateConfig
 from jobs.contract import QueryEncoder
-from jobs.embed_steps import checkpoint_cache
 from jobs.errors import CatalogError, JobError
 from jobs.fetch import fetch_images
 from jobs.images import ImagesConfig
 from jobs.queries import IMAGE, KEY, TEXT, Query, read_queries
 from jobs.space import VectorSpace
+from jobs.storage import machine_cache
 from jobs.store import Store
 
 FETCH_ROWS = 64
@@ -93,7 +93,7 @@ def _encode(
 ) -> tuple[list[Query], Float32Array, list[str]]:
     from encoders.checkpoint import load_encoder, load_tokenizers
 
-    directory = store.local_copy(checkpoint_cache(), "checkpoints", space.encoder)
+    directory = store.local_copy(machine_cache(), "checkpoints", space.encoder)
     encoder = QueryEncoder(
         encoder=load_encoder(directory, precision="auto", expected_fingerprint=space.encoder),
         tokenizer=load_tokenizers(directory).query,

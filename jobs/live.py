@@ -56,6 +56,7 @@ class LiveRows:
 
     Attributes:
         files: Of each group of data files: the number of the first one, and their names.
+        group_rows: How many live rows each group has.
         parts: [group of files][bucket] references to `LIVE_DTYPE` rows.
         vectors: How many rows are live.
         products: How many products have a live row.
@@ -64,6 +65,7 @@ class LiveRows:
     """
 
     files: list[tuple[int, list[str]]] = field(repr=False)
+    group_rows: list[int] = field(repr=False)
     parts: Parts = field(repr=False)
     vectors: int
     products: int
@@ -158,6 +160,7 @@ def join_live(
     live = sum(one.live for one in found)
     rows = LiveRows(
         files=[(groups[n].start, names[groups[n].start : groups[n].stop]) for n in kept],
+        group_rows=[int(by_group[n]) for n in kept],
         parts=[parts[n] for n in kept],
         vectors=live,
         products=sum(one.products for one in found),

@@ -24,6 +24,7 @@ from jobs.live import Live
 from jobs.probe import (
     MEASURED_K,
     BoolArray,
+    Examined,
     Found,
     Probe,
     Queries,
@@ -173,9 +174,11 @@ def measure_index(
     swept = probe.sweep(files)
     points = _compare(queries, swept)
     best = choose_point(points, queries.target_intersection)
-    curve = probe.time(files, _add_recall(probe, files, prune_curve(points), ids))
+    curve = prune_curve(points)
+    examined = probe.examine(files, [one.point for one in curve], best.point)
+    curve = _add_recall(probe, examined, _add_times(examined, curve), ids)
     recall = next(one.recall for one in curve if one.point == best.point)
-    found = probe.search(files, best.point)
+    found = examined.found
     overlap, not_compared = _overlap(probe, found)
     clear = queries.clear
     measured = Measurement(
@@ -223,16 +226,22 @@ def _intersect(found: Int64Array, exact: Int64Array, clear: BoolArray) -> float:
     return intersection_at_k(found[counted], exact[counted], MEASURED_K)
 
 
+def _add_times(examined: Examined, curve: list[MeasuredPoint]) -> list[MeasuredPoint]:
+    return [
+        replace(one, latency_p50_ms=p50, latency_p99_ms=p99, queries_per_s=rate)
+        for one, (p50, p99, rate) in zip(curve, examined.times, strict=True)
+    ]
+
+
 def _add_recall(
-    probe: Probe, files: FieldFiles, curve: list[MeasuredPoint], ids: dict[str, Any]
+    probe: Probe, examined: Examined, curve: list[MeasuredPoint], ids: dict[str, Any]
 ) -> list[MeasuredPoint]:
     """Measure at each point of a curve which right products the labelled queries find."""
     labelled = probe.queries.labelled
     if labelled is None or not labelled.queries:
         return curve
-    found = probe.search_labelled(files, [one.point for one in curve])
     relevant = [query.relevant for query in labelled.queries]
-    recalls = gather([find_recalls.remote(probe.store, ids, found, relevant)])[0]
+    recalls = gather([find_recalls.remote(probe.store, ids, examined.labelled, relevant)])[0]
     return [replace(one, recall=recall) for one, recall in zip(curve, recalls, strict=True)]
 
 

@@ -3,8 +3,8 @@
 Letters: Q queries, D dimension, K neighbours.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -18,7 +18,6 @@ from indexing.metrics import recall_at_k
 from indexing.search import SearchPoint, group_by_product, merge_topk, search_partition
 from indexing.spec import IndexSpec
 from indexing.tune import (
-    MeasuredPoint,
     model_costs,
     rerank_depths,
     sweep_partition,
@@ -27,11 +26,11 @@ from indexing.tune import (
 from indexing.update import quantization_error
 from jobs.buckets import Records
 from jobs.cluster import cluster_cpus, gather, gather_bounded, largest_node_cpus
-from jobs.ids_cache import machine_cache
 from jobs.ids_table import Ids
 from jobs.index_files import FieldFiles, in_partition, open_partition, partition_range
 from jobs.labelled import Labelled
 from jobs.live import Live
+from jobs.storage import machine_cache
 from jobs.store import Store
 
 MEASURED_K = 10
@@ -110,6 +109,37 @@ class Swept:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Examined:
+    """What one partition gave at the points of a curve, or several together.
+
+    Attributes:
+        times: Of each point, p50 and p99 in milliseconds, and queries a second; of several
+            partitions the slowest's.
+        found: At the operating point, by the sampled queries, themselves included.
+        labelled: At each point, by the labelled queries, as for ten products.
+    """
+
+    times: list[tuple[float, float, float]]
+    found: Found
+    labelled: list[Found]
+
+    def join(self, other: "Examined") -> "Examined":
+        """Return what two sets of partitions gave together."""
+        times, labelled = (
+            zip(self.times, other.times, strict=True),
+            zip(self.labelled, other.labelled, strict=True),
+        )
+        return Examined(
+            times=[
+                (max(one[0], two[0]), max(one[1], two[1]), min(one[2], two[2]))
+                for one, two in times
+            ],
+            found=merge_topk([self.found, other.found], MEASURED_K),
+            labelled=[merge_topk(list(both), both[0][1].shape[1]) for both in labelled],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Probe:
     """Starts the tasks that search an index's partitions.
 
@@ -143,46 +173,36 @@ class Probe:
             task = (self.store, files, number, own, self.asked, self.queries.sampled)
             return _on_cpus(_sweep, *task, (inside, self.queries.mark))
 
-        swept = gather_bounded(submit, range(count), in_flight=2 * cluster_cpus())
-        joined: Swept = reduce(Swept.join, swept)
+        joined: Swept = reduce(Swept.join, self._each(files, submit))
         return joined
 
-    def time(self, files: FieldFiles, curve: Sequence[MeasuredPoint]) -> list[MeasuredPoint]:
-        """Time each point of a curve; of several partitions the slowest counts."""
-        points, numbers = [one.point for one in curve], range(len(files.partitions))
-        args = (self.asked, self.queries.sampled, points)
-        times = gather([_on_cpus(_time, self.store, files, number, *args) for number in numbers])
-        slowest = [
-            (max(p50), max(p99), min(rate))
-            for p50, p99, rate in (zip(*one, strict=True) for one in zip(*times, strict=True))
-        ]
-        return [
-            replace(one, latency_p50_ms=p50, latency_p99_ms=p99, queries_per_s=rate)
-            for one, (p50, p99, rate) in zip(curve, slowest, strict=True)
-        ]
+    def examine(self, files: FieldFiles, points: list[SearchPoint], best: SearchPoint) -> Examined:
+        """Time each point of a curve, and search: what is found depends on no clock."""
+
+        def submit(number: int) -> Any:  # noqa: ANN401
+            task = (self.store, files, number, self.asked, self.queries.sampled)
+            return _on_cpus(_examine, *task, points, best, self.depth)
+
+        joined: Examined = reduce(Examined.join, self._each(files, submit))
+        return joined
 
     def search(self, files: FieldFiles, point: SearchPoint) -> Found:
         """Search all partitions at one point with the sampled queries, themselves included."""
-        rows = slice(self.queries.sampled)
-        return self._search(files, [point], rows, MEASURED_K)[0]
 
-    def search_labelled(self, files: FieldFiles, points: list[SearchPoint]) -> list[Found]:
-        """Search all partitions at some points with the labelled queries, as for ten products."""
-        return self._search(files, points, slice(self.queries.sampled, None), self.depth)
-
-    def _search(
-        self, files: FieldFiles, points: list[SearchPoint], rows: slice, k: int
-    ) -> list[Found]:
         def submit(number: int) -> Any:  # noqa: ANN401
-            return _on_cpus(_search, self.store, files, number, self.asked, (points, rows, k))
+            return _on_cpus(
+                _search, self.store, files, number, self.asked, self.queries.sampled, point
+            )
 
-        numbers = range(len(files.partitions))
-        parts = gather_bounded(submit, numbers, in_flight=2 * cluster_cpus())
-        found: list[Found] = reduce(
-            lambda one, other: [merge_topk(list(both), k) for both in zip(one, other, strict=True)],
-            parts,
+        found: Found = reduce(
+            lambda one, other: merge_topk([one, other], MEASURED_K), self._each(files, submit)
         )
         return found
+
+    def _each(self, files: FieldFiles, submit: Callable[[int], Any]) -> Iterator[Any]:
+        """Yield what a task a partition returns; few of them are held at once."""
+        numbers = range(len(files.partitions))
+        return gather_bounded(submit, numbers, in_flight=2 * cluster_cpus())
 
 
 def _on_cpus(task: Any, *args: Any) -> Any:  # noqa: ANN401
@@ -261,7 +281,7 @@ def _ends(ids: Int64Array) -> Int64Array:
 
 
 @ray.remote
-def _time(
+def _examine(
     threads: int,
     store: Store,
     files: FieldFiles,
@@ -269,10 +289,19 @@ def _time(
     asked: Float32Array,
     sampled: int,
     points: list[SearchPoint],
-) -> list[tuple[float, float, float]]:
+    best: SearchPoint,
+    depth: int,
+) -> Examined:
     faiss.omp_set_num_threads(threads)
     partition = open_partition(store, files.spec, files.partitions[number])
-    return [time_point(partition, asked[:sampled], MEASURED_K, point) for point in points]
+    ours, labelled = asked[:sampled], asked[sampled:]
+    return Examined(
+        times=[time_point(partition, ours, MEASURED_K, point) for point in points],
+        found=search_partition(partition, ours, MEASURED_K, best),
+        labelled=[
+            search_partition(partition, labelled, depth, point) for point in points if len(labelled)
+        ],
+    )
 
 
 @ray.remote
@@ -282,12 +311,12 @@ def _search(
     files: FieldFiles,
     number: int,
     asked: Float32Array,
-    search: tuple[list[SearchPoint], slice, int],
-) -> list[Found]:
+    sampled: int,
+    point: SearchPoint,
+) -> Found:
     faiss.omp_set_num_threads(threads)
-    points, rows, k = search
     partition = open_partition(store, files.spec, files.partitions[number])
-    return [search_partition(partition, asked[rows], k, point) for point in points]
+    return search_partition(partition, asked[:sampled], MEASURED_K, point)
 
 
 @ray.remote(num_cpus=1)
@@ -298,7 +327,7 @@ def find_recalls(
     relevant: list[tuple[str, ...]],
 ) -> list[float]:
     """Return recall at ten products of the labelled queries, at each point."""
-    table = Ids.open(store, ids, machine_cache())
+    table = Ids.open(store, ids, machine_cache() / "ids")
     known = np.unique(np.concatenate([one[1].ravel() for one in found]))
     known = table.present(known)  # an id that is not live is counted as extra, and stops the gate
     owners = dict(zip(known.tolist(), table.products(known), strict=True))

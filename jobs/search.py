@@ -26,13 +26,12 @@ from indexing.search import (
 )
 from indexing.topk import PADDING_ID
 from jobs.contract import QueryEncoder, check_contract, check_encoder, read_contract
-from jobs.embed_steps import checkpoint_cache
 from jobs.errors import FingerprintError, JobError, StoreError
 from jobs.fetch import fetch_images
-from jobs.ids_cache import machine_cache
 from jobs.ids_table import Ids
 from jobs.images import ImageRejected, ImagesConfig
 from jobs.index_files import open_partitions, read_files, read_point
+from jobs.storage import machine_cache
 from jobs.store import Store
 
 Float32Array = npt.NDArray[np.float32]
@@ -115,7 +114,7 @@ class Searcher:
         self.indexes = {
             name: open_partitions(store, read_files(entry)) for name, entry in entries.items()
         }
-        self.ids = Ids.open(store, self.manifest["ids"], machine_cache())
+        self.ids = Ids.open(store, self.manifest["ids"], machine_cache() / "ids")
         most = max(len(partitions) for partitions in self.indexes.values())
         self._pool = search_pool(min(most, os.cpu_count() or 1)) if most > 1 else None
         try:
@@ -124,7 +123,7 @@ class Searcher:
             raise StoreError(f"{store.uri('indexes', indexes)}: {error}") from error
 
     def _open_encoder(self, store: Store, encoder: Encoder | None) -> None:
-        directory = store.local_copy(checkpoint_cache(), "checkpoints", self.space.encoder)
+        directory = store.local_copy(machine_cache(), "checkpoints", self.space.encoder)
         if encoder is None:
             encoder = load_encoder(
                 directory, precision="auto", expected_fingerprint=self.space.encoder

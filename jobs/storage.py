@@ -11,6 +11,7 @@ import os
 import random
 import re
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -179,6 +180,17 @@ def file_sha256(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def machine_cache() -> Path:
+    """Return this user's folder on this machine for what never changes, of all stores.
+
+    `checkpoints/<fingerprint>` are remote stores' encoders, `ids/<sha256>.arrow` the ids of
+    releases.
+    """
+    folder = Path(tempfile.gettempdir()) / f"vitrine-cache-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
 
 
 def put_whole(filesystem: fsspec.AbstractFileSystem, source: Path | bytes, target: str) -> None:

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from index_data import count_vectors, find_exact, make_synthetic
 from index_probe import TUNING_QUERIES, K
-from index_tables import compare_times, print_growth, print_results, print_specs
+from index_tables import compare_times, print_growth, print_memory, print_results, print_specs
 
 from indexing.metrics import intersection_at_k
 from indexing.spec import ID_BYTES, IndexSpec
@@ -93,7 +93,7 @@ def run_contender(name: str, arguments: argparse.Namespace, task: Figures) -> Fi
         "search_peak_mib": searched["peak_mib"],
     }
     kept = ("tune_s", "ms_per_query", "p50_ms", "p99_ms", "codes_alone", "curve")
-    more = ("tune_s", "apart_s", "driver_peak_mib", "worker_peaks_mib", "told")
+    more = ("tune_s", "apart_s", "driver_peak_mib", "worker_peaks_mib", "asked_mib", "told")
     result |= {key: built[key] for key in more if key in built}
     return result | {key: searched[key] for key in kept if key in searched}
 
@@ -146,6 +146,7 @@ def compare(arguments: argparse.Namespace) -> Figures:
     told = f"{arguments.threads} threads, a budget of {budget_mib:.1f} MiB without refine store"
     print(f"\n{rows:,} vectors of {dim} dimensions, {told}\n")
     print_results(results)
+    print_memory(results)
     ratios = compare_times(results)
     for name, ratio in ratios.items():
         print(f"\n{name}: {ratio:.3g}")

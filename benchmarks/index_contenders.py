@@ -111,17 +111,22 @@ def build_plain(task: Task) -> dict[str, Any]:
     with watch.step("train"):
         index = faiss.index_factory(sample.shape[1], task.factory, faiss.METRIC_INNER_PRODUCT)
         index.train(sample)
+    for _, vectors in _timed_blocks(task, watch):
+        with watch.step("add"):
+            index.add(vectors)
+    with watch.step("write"):
+        faiss.write_index(index, str(task.folder / "plain.faiss"))
+    return {"seconds": watch.seconds, "index_bytes": _count_bytes(task)}
+
+
+def _timed_blocks(task: Task, watch: Stopwatch) -> Iterator[tuple[Int64Array, Float32Array]]:
     blocks = task.blocks()
     while True:
         with watch.step("read"):
             block = next(blocks, None)
         if block is None:
-            break
-        with watch.step("add"):
-            index.add(block[1])
-    with watch.step("write"):
-        faiss.write_index(index, str(task.folder / "plain.faiss"))
-    return {"seconds": watch.seconds, "index_bytes": _count_bytes(task)}
+            return
+        yield block
 
 
 def _count_bytes(task: Task) -> int:
@@ -202,12 +207,7 @@ def build_cores(task: Task) -> dict[str, Any]:
         index = train_index(spec, sample, seed=task.seed)
     del sample
     spilled = []
-    blocks = task.blocks()
-    while True:
-        with watch.step("read"):
-            block = next(blocks, None)
-        if block is None:
-            break
+    for block in _timed_blocks(task, watch):
         with watch.step("add"):
             append_vectors(index, *block)
         if spec.refine != "none":

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from index_data import write_rows
 from index_probe import Float32Array
 from PIL import Image
+from towers import GROCERY_TOWERS, WEIGHTS
 
 from encoders.checkpoint import load_encoder
 from encoders.create import create_checkpoint
@@ -21,22 +22,14 @@ from encoders.encoder import Encoder
 from encoders.preprocess import preprocess_image
 from encoders.spec import EncoderSpec
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-WEIGHTS = REPOSITORY.parent / "shared" / "weights" / "tf_efficientnet_lite0" / "model.safetensors"
 PACKAGE = "dataset-fashion-mnist"
 IMAGES = {"vectors": "train-images-idx3-ubyte.gz", "queries": "t10k-images-idx3-ubyte.gz"}
 EMBED_BATCH = 250
 
 TOWERS: dict[str, Any] = {
-    "model_cfg": {
-        "embed_dim": 256,
-        "vision_cfg": {
-            "timm_model_name": "tf_efficientnet_lite0",
-            "timm_model_pretrained": False,
-            "timm_pool": "avg",
-            "timm_proj": "linear",
-            "image_size": 64,
-        },
+    "model_cfg": GROCERY_TOWERS
+    | {
+        "vision_cfg": GROCERY_TOWERS["vision_cfg"] | {"image_size": 64},
         "text_cfg": {"context_length": 8, "width": 64, "heads": 2, "layers": 1},
     },
     "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},

@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 from index_contenders import Task, read_task, run_step
+from index_data import BLOCK_ROWS
 from index_probe import (
     Float32Array,
     Int64Array,
@@ -42,6 +43,7 @@ from jobs.diff import Plan
 from jobs.embed_write import write_data_file
 from jobs.index import IndexJob, build_index
 from jobs.index_files import open_partitions, read_files, read_point
+from jobs.index_memory import add_memory, merge_memory, train_memory
 from jobs.items import PLAN_DTYPE
 from jobs.live import Live, join_live
 from jobs.schemas import EMBEDDINGS, UPSERT
@@ -200,6 +202,7 @@ def build(task: Task) -> dict[str, Any]:
             live = find_live(store, task.rows)
         built = build_index(_make_job(task, store, live), steps)
         steps("")
+        asked = _asked_mib(task, live)
     (task.folder / "entry.json").write_text(json.dumps(asdict(built.index)), encoding="utf-8")
     return {
         "seconds": {name: steps.seconds[name] for name in BUILDING},
@@ -208,6 +211,7 @@ def build(task: Task) -> dict[str, Any]:
         "index_bytes": built.index.size_bytes,
         "driver_peak_mib": peak_mib(),
         "worker_peaks_mib": peaks.by_task,
+        "asked_mib": asked,
         "peak_mib": peaks.highest_mib,
         "told": {"intersection": built.index.measured.intersection_at_10},
     }
@@ -227,11 +231,24 @@ def _make_job(task: Task, store: Store, live: Live) -> IndexJob:
         ),
         folder=FOLDER,
         sample_rows=SAMPLE_ROWS,
+        file_rows=BLOCK_ROWS,
         base=None,
         retrain=(),
         ids={},
         labelled=None,
     )
+
+
+def _asked_mib(task: Task, live: Live) -> dict[str, float]:
+    """Return what the tasks that build ask Ray for, by the names of their processes."""
+    spec, rows = task.spec, task.rows
+    most = max(add_memory(spec, group, BLOCK_ROWS, 1) for group in live.rows.group_rows)
+    asked = {
+        "ray::train": train_memory(spec, min(task.train_rows, rows)),
+        "ray::add": most,
+        "ray::merge": merge_memory(spec, rows),
+    }
+    return {name: taken / 2**20 for name, taken in asked.items()}
 
 
 def search(task: Task) -> dict[str, Any]:

@@ -40,6 +40,18 @@ def print_results(results: list[Figures]) -> None:
     )
 
 
+def print_memory(results: list[Figures]) -> None:
+    """Print what the stage's tasks asked of Ray, beside the most that a process of each took."""
+    for one in (one for one in results if "asked_mib" in one):
+        taken = one["worker_peaks_mib"]
+        rows = [
+            [name, f"{asked:.0f}", f"{taken[name]:.0f}" if name in taken else "too short to see"]
+            for name, asked in one["asked_mib"].items()
+        ]
+        print()
+        print_table(f"task of {one['contender']} | asked MiB | took MiB", rows)
+
+
 def print_specs(results: list[Figures]) -> None:
     """Print what each index reaches by its codes alone, and with its refine store."""
     rows = []

@@ -194,11 +194,16 @@ def read_index(path: Path, *, sha256: str, mapped: bool = False) -> faiss.Index:
     return index
 
 
-def write_partial(index: faiss.Index, path: Path) -> str:
+def write_partial(index: faiss.Index, path: Path, *, template_sha256: str) -> str:
     """Write an index without its coarse quantizer, as `write_index` writes a whole one.
 
     A part of a big index is mostly quantizer otherwise. The file ends with the template's hash.
     No other thread may use the index meanwhile.
+
+    Args:
+        index: Filled from the template.
+        path: Where to write; an existing file is replaced. Its folder must exist.
+        template_sha256: The `template_hash`; of a big quantizer it is computed once for all parts.
 
     Returns:
         The sha256 (hex) of the file, for `read_partial`.
@@ -207,20 +212,23 @@ def write_partial(index: faiss.Index, path: Path) -> str:
         ValueError: The index is mapped from its file.
         OSError: The folder is missing or the file can't be written or renamed.
     """
-    seal = bytes.fromhex(template_hash(index))
+    seal = bytes.fromhex(template_sha256)
     if not is_ivf(index):
         return _write(index, path, seal=seal)
     with without_quantizer(index):
         return _write(index, path, seal=seal)
 
 
-def read_partial(path: Path, template: faiss.Index, *, sha256: str) -> faiss.Index:
+def read_partial(
+    path: Path, template: faiss.Index, *, sha256: str, template_sha256: str
+) -> faiss.Index:
     """Read a part into memory; it uses the template's coarse quantizer, and keeps it alive.
 
     Args:
         path: A file from `write_partial`.
         template: What the part was filled from.
         sha256: What `write_partial` returned.
+        template_sha256: The template's `template_hash`.
 
     Raises:
         ValueError: The file's checksum is another one, or it stems from another template.
@@ -230,10 +238,9 @@ def read_partial(path: Path, template: faiss.Index, *, sha256: str) -> faiss.Ind
     with path.open("rb") as stream:
         stream.seek(-hashlib.sha256().digest_size, os.SEEK_END)
         found = stream.read().hex()
-    expected = template_hash(template)
-    if found != expected:
+    if found != template_sha256:
         raise ValueError(
-            f"part {path} stems from template {found[:12]}, expected {expected[:12]}: "
+            f"part {path} stems from template {found[:12]}, expected {template_sha256[:12]}: "
             "fill every part from one trained template"
         )
     index = faiss.read_index(str(path))

@@ -7,8 +7,10 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -26,12 +28,15 @@ WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-QUIET_ENVIRONMENT = {
+HEAD_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray's core warns in each job of its own actor pool's arguments (ray #53727), on our standard
     # error. What goes wrong reaches us as exceptions.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
+    # While a task has all CPUs, Ray ends idle workers after a second; the next stage would wait
+    # for others to start and import, longer than some stages take.
+    "RAY_idle_worker_killing_time_threshold_ms": "30000",
 }
 
 # Ray's own patience with a head that is gone is 60 s; then it ends this process with status 1 and
@@ -76,7 +81,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    for name, value in QUIET_ENVIRONMENT.items():
+    for name, value in HEAD_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     _connect(config)
     with _watched_head():
@@ -240,25 +245,43 @@ def gather_bounded(
     yield from (gather([ref])[0] for ref in pending)
 
 
-def watch(reference: Any, board: Any, progress: Callable[[str], None]) -> Any:  # noqa: ANN401
-    """Wait for a task's result, and tell what it writes meanwhile.
+def run_telling(work: Callable[[Callable[[str], None]], Any]) -> Iterator[Any]:
+    """Do a task's work in a thread, and yield what it tells meanwhile; at last, its result.
+
+    A streaming task that returns this needs no actor beside it, whose start would cost seconds.
 
     Args:
-        reference: The task's result.
-        board: An actor whose `read` gives the words that the task wrote last.
-        progress: Called with words that are new.
+        work: Takes what it may tell words with; the newest are yielded every `WATCH_S`.
+    """
+    newest: deque[str] = deque(maxlen=1)
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(work, newest.append)
+        while not wait([result], timeout=WATCH_S).done:
+            with suppress(IndexError):
+                yield newest.pop()
+    yield result.result()
+
+
+def watch(steps: Any, waiting: str, progress: Callable[[str], None]) -> Any:  # noqa: ANN401
+    """Pass on the words of a task that `run_telling` runs; return its result.
+
+    Args:
+        steps: The task's references.
+        waiting: What to say while no machine has room for the task.
+        progress: Called with words.
 
     Raises:
         JobError: See `ray_errors`.
     """
-    told = ""
+    value = None
     with ray_errors():
-        while not ray.wait([reference], timeout=WATCH_S)[0]:
-            words = ray.get(board.read.remote())
-            if words != told:
-                progress(words)
-            told = words
-    return gather([reference])[0]
+        if not ray.wait([steps], timeout=2 * WATCH_S)[0]:
+            progress(waiting)
+        for reference in steps:
+            value = ray.get(reference)
+            if isinstance(value, str):
+                progress(value)
+    return value
 
 
 def job_error(error: BaseException) -> BaseException:
@@ -294,7 +317,18 @@ def cluster_cpus() -> int:
 
 def largest_node_cpus() -> int:
     """Return the number of CPUs of the machine that has most, at least 1."""
-    return max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]) or 1
+    return max(1, int(_largest("CPU") or 1))
+
+
+def largest_node_memory() -> int | None:
+    """Return the bytes of memory that the machine with most offers; None where none says."""
+    most = _largest("memory")
+    return None if most is None else int(most)
+
+
+def _largest(resource: str) -> float | None:
+    offered = (node["Resources"].get(resource) for node in ray.nodes() if node["Alive"])
+    return max((one for one in offered if one is not None), default=None)
 
 
 def cluster_gpus() -> int:

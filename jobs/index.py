@@ -20,8 +20,10 @@ from jobs import index_tasks
 from jobs.cluster import gather, largest_node_cpus, watch
 from jobs.config import IndexConfig
 from jobs.errors import StoreError
+from jobs.files import delete_files
 from jobs.index_choice import HELD_OUT_SHARES, check_trainable, choose_spec
 from jobs.index_files import FieldFiles, IndexFile, count_partitions, read_files, read_point
+from jobs.index_memory import add_memory, merge_memory, train_memory
 from jobs.index_tasks import Changes, Target
 from jobs.labelled import Labelled
 from jobs.live import Live
@@ -86,6 +88,7 @@ class IndexJob:
     Attributes:
         folder: Below `indexes/`: where files are written.
         sample_rows: Most vectors that are used as queries.
+        file_rows: Most rows of a data file of the embeddings table.
         base: The manifest's entry of the newest release's index in the same vector space.
         retrain: Why it can't be updated; empty if it can.
         ids: The manifest's entry of `ids.parquet`.
@@ -98,6 +101,7 @@ class IndexJob:
     config: IndexConfig
     folder: str
     sample_rows: int
+    file_rows: int
     base: dict[str, Any] | None
     retrain: tuple[str, ...]
     ids: dict[str, Any]
@@ -147,7 +151,16 @@ def build_index(job: IndexJob, progress: Callable[[str], None]) -> BuiltIndex:
     if not drift:
         return updated
     anew = _train(job, tuple(drift), progress)
+    _delete_replaced(job, updated.index, anew.index)
     return BuiltIndex(index=anew.index, partials=updated.partials + anew.partials)
+
+
+def _delete_replaced(job: IndexJob, updated: FieldIndex, anew: FieldIndex) -> None:
+    """Delete what an update wrote beside the index that took its place."""
+    kept = {file.file for file in read_files(asdict(anew)).served}
+    written = [file for file in read_files(asdict(updated)).served if file.folder == job.folder]
+    paths = [f"indexes/{file.folder}/{file.file}" for file in written if file.file not in kept]
+    delete_files(job.store, paths)
 
 
 def _train(job: IndexJob, reasons: tuple[str, ...], progress: Callable[[str], None]) -> BuiltIndex:
@@ -227,10 +240,14 @@ def _train_template(
         held_out=(_measure_salt(job), held) if spec.nlist else None,
     )
     parts = sample_vectors(job.store, job.field, job.live.rows, draw)
-    board, cpus = index_tasks.make_board(), largest_node_cpus()
-    trained = index_tasks.train.options(num_cpus=cpus).remote(target, draw, board, cpus, *parts)
-    template: tuple[IndexFile, str] = watch(trained, board, progress)
-    return template
+    cpus = largest_node_cpus() if spec.nlist else 1  # a flat index learns nothing
+    memory = train_memory(spec, min(draw.rows, job.count))
+    task = index_tasks.train.options(num_cpus=cpus, memory=memory)
+    waiting = f"{job.field.name}: wait for a machine with {cpus} free CPUs to train on"
+    trained: tuple[IndexFile, str] = watch(
+        task.remote(target, draw, cpus, *parts), waiting, progress
+    )
+    return trained
 
 
 def _fill(
@@ -238,16 +255,21 @@ def _fill(
 ) -> tuple[FieldFiles, tuple[str, ...]]:
     """Add the live rows, or those that an update brings, and merge them partition by partition."""
     fresh = None if changes is None else ("fresh_first" if job.mark else "fresh")
-    live = job.live.rows
+    live, spec = job.live.rows, target.spec
     partials: list[Partial] = gather(
         [
-            index_tasks.add.remote(target, template, files, fresh, *parts)
-            for files, parts in zip(live.files, live.parts, strict=True)
+            index_tasks.add.options(
+                memory=add_memory(spec, rows, job.file_rows, target.partitions)
+            ).remote(target, template, files, fresh, *parts)
+            for files, rows, parts in zip(live.files, live.group_rows, live.parts, strict=True)
         ]
     )
+    memory = merge_memory(spec, -(-job.count // target.partitions))
     merged = gather(
         [
-            index_tasks.merge.remote(target, template, number, changes, *partials)
+            index_tasks.merge.options(memory=memory).remote(
+                target, template, number, changes, *partials
+            )
             for number in range(target.partitions)
         ]
     )

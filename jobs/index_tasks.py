@@ -7,7 +7,7 @@ Letters: N rows, D dimension.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ from indexing.build import (
     read_partial,
     stored_ids,
     take_range,
+    template_hash,
     train_index,
     write_index,
     write_partial,
 )
+from indexing.files import check_file
 from indexing.refine import (
     encode_refine,
     kept_blocks,
@@ -40,6 +42,7 @@ from indexing.refine import (
 from indexing.spec import IndexSpec
 from indexing.update import update_index
 from jobs.buckets import Records
+from jobs.cluster import run_telling
 from jobs.errors import StoreError
 from jobs.index_files import (
     FieldFiles,
@@ -51,7 +54,7 @@ from jobs.index_files import (
     partition_range,
     upload_file,
 )
-from jobs.partials import Partial, fetch_partial, find_partial, make_key, put_partial
+from jobs.partials import Partial, fetched_partial, find_partial, make_key, put_partial
 from jobs.space import VectorField
 from jobs.store import Store, scratch_folder
 from jobs.vectors import Draw, Float32Array, Int64Array, join_sample, read_blocks
@@ -98,42 +101,29 @@ class Changes:
     mark: str
 
 
-class Board:
-    """Holds the words with which a task says how far it is."""
-
-    def __init__(self) -> None:
-        """Begin without words."""
-        self._words = ""
-
-    def write(self, words: str) -> None:
-        """Say something else."""
-        self._words = words
-
-    def read(self) -> str:
-        """Return what was said last."""
-        return self._words
-
-
-def make_board() -> Any:  # noqa: ANN401
-    """Start a board as an actor."""
-    return ray.remote(num_cpus=0)(Board).remote()
-
-
-@ray.remote
+@ray.remote(num_returns="streaming")
 def train(
-    target: Target,
-    draw: Draw,
-    board: Any,  # noqa: ANN401 - an actor
-    threads: int,
-    *parts: tuple[Int64Array, Float32Array],
-) -> tuple[IndexFile, str]:
+    target: Target, draw: Draw, threads: int, *parts: tuple[Int64Array, Float32Array]
+) -> Iterator[Any]:
     """Train on this task's cores, or find what an earlier try trained on the same sample.
 
     The sample is sorted by id, so that the order is always one.
 
-    Returns:
-        The template, and the name of the part that it was spilled as.
+    Yields:
+        Words that say how far it is; at last the template, and the name of the part that it was
+        spilled as.
     """
+    yield from run_telling(lambda tell: _train(target, draw, threads, tell, parts))
+
+
+def _train(
+    target: Target,
+    draw: Draw,
+    threads: int,
+    tell: Callable[[str], None],
+    parts: tuple[tuple[Int64Array, Float32Array], ...],
+) -> tuple[IndexFile, str]:
+    tell(f"{target.field.name}: read the training sample")
     faiss.omp_set_num_threads(threads)
     ids, vectors = join_sample(parts, draw)
     sample = vectors.reshape(-1, target.spec.dim)
@@ -145,15 +135,15 @@ def train(
         if partial is None:
 
             def progress(step: str, done: int, total: int) -> None:
-                board.write.remote(f"{target.field.name}: train {step}, {done} of {total}")
+                tell(f"{target.field.name}: train {step}, {done} of {total}")
 
             with threadpool_limits(threads):  # BLAS too: the workers' environment gives it one
                 template = train_index(target.spec, sample, seed=draw.seed, progress=progress)
             path = scratch / TEMPLATE
             partial = put_partial(target.store, key, [(path, write_index(template, path))], [])
-        path = fetch_partial(target.store, partial, TEMPLATE, scratch)
-        sha256 = partial.file(TEMPLATE).sha256
-        return upload_file(target.store, path, sha256, target.folder, name), key
+        with fetched_partial(target.store, partial, TEMPLATE) as (path, sha256):
+            check_file(path, sha256=sha256)
+            return upload_file(target.store, path, sha256, target.folder, name), key
     finally:
         shutil.rmtree(scratch)
 
@@ -173,8 +163,9 @@ def add(
     rows = rows[rows["first"]] if target.field.name == "text" else rows
     if not len(rows):
         return Partial(key="", files=(), counts=(0,) * target.partitions)
-    content = np.sort(rows, order="vector_id")[["vector_id", "generation"]].tobytes()
-    key = make_key(template.sha256, repr((target.field, target.spec, target.partitions)), content)
+    order = np.argsort(rows["vector_id"])
+    content = [rows[name][order].tobytes() for name in ("vector_id", "generation")]
+    key = make_key(template.sha256, repr((target.field, target.spec, target.partitions)), *content)
     found = find_partial(target.store, key)
     if found is not None:
         return found
@@ -194,6 +185,7 @@ def _fill(
     scratch: Path,
 ) -> Partial:
     index = open_index(target.store, template, mapped=False)
+    seal = template_hash(index)
     refine, dim = target.spec.refine, target.spec.dim
     ids, done = np.zeros(len(rows), np.int64), 0
     width = refine_code_bytes(refine, dim)
@@ -208,18 +200,24 @@ def _fill(
         done += len(block)
     written, counts = [], []
     for number in range(target.partitions):
-        part = take_range(index, *partition_range(number, target.partitions))
+        part = _take_partition(index, number, target.partitions)
         counts.append(part.ntotal)
         if not part.ntotal:
             continue
         path = scratch / target.file(number)
-        written.append((path, write_partial(part, path)))
+        written.append((path, write_partial(part, path, template_sha256=seal)))
         if width:
             path = scratch / target.file(number, "refine")
             blocks = _Blocks(ids, codes, number, target.partitions)
             sha256 = write_refine(path, refine, dim, [blocks], part.ntotal)
             written.append((path, sha256))
     return put_partial(target.store, key, written, counts)
+
+
+def _take_partition(index: faiss.Index, number: int, partitions: int) -> faiss.Index:
+    if partitions == 1:
+        return index  # all of it, without a copy
+    return take_range(index, *partition_range(number, partitions))
 
 
 @dataclass(frozen=True)
@@ -293,7 +291,7 @@ def _merge_codes(
     scratch: Path,
 ) -> faiss.Index:
     store, empty = target.store, open_index(target.store, template, mapped=False)
-    index = empty
+    index, seal = empty, template_hash(empty)
     if changes is not None:
         base = _base_partition(changes, number, target.partitions)
         index = open_index(store, base.codes, mapped=False)
@@ -308,11 +306,9 @@ def _merge_codes(
     for partial in partials:
         if partial.counts[number]:
             name = target.file(number)
-            path = fetch_partial(store, partial, name, scratch)
-            part = read_partial(path, empty, sha256=partial.file(name).sha256)
+            with fetched_partial(store, partial, name) as (path, sha256):
+                part = read_partial(path, empty, sha256=sha256, template_sha256=seal)
             move_vectors([index, part])
-            if not store.is_local:
-                path.unlink()
     try:
         check_unique(stored_ids(index))
     except ValueError as error:
@@ -342,11 +338,8 @@ def _merge_refine(
     name = target.file(number, "refine")
     for partial in partials:
         if partial.counts[number]:
-            path = fetch_partial(target.store, partial, name, scratch)
-            sha256 = partial.file(name).sha256
-            parts.append(stored_blocks(open_refine(path, kind=kind, dim=dim, sha256=sha256)))
-            if not target.store.is_local:
-                path.unlink()  # it is mapped
+            with fetched_partial(target.store, partial, name) as (path, sha256):
+                parts.append(stored_blocks(open_refine(path, kind=kind, dim=dim, sha256=sha256)))
     path = scratch / f"new-{name}"
     sha256 = write_refine(path, kind, dim, parts, count)
     return upload_file(target.store, path, sha256, target.folder, name)

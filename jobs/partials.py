@@ -7,15 +7,17 @@ the same name. A part counts once its record is there, which is written last.
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs.errors import StoreError
 from jobs.files import delete_files, list_files
-from jobs.storage import StorageError, file_sha256, one_line, storage_errors
-from jobs.store import Store
+from jobs.storage import StorageError, one_line, storage_errors
+from jobs.store import Store, scratch_folder
 
 PARTIALS = "partials"
 RECORD = "record.json"
@@ -105,26 +107,28 @@ def put_partial(
     return partial
 
 
-def fetch_partial(store: Store, partial: Partial, name: str, scratch: Path) -> Path:
-    """Return a local path of one file of a part, once its bytes are proved unchanged.
+@contextmanager
+def fetched_partial(store: Store, partial: Partial, name: str) -> Iterator[tuple[Path, str]]:
+    """Give a local path of one file of a part, and the sha256 (hex) that the block must check.
+
+    What is fetched is deleted after the block; a file that is mapped there stays readable.
 
     Raises:
-        StoreError: The file is missing or damaged; its record is deleted then, so that the next
-            run makes the part anew.
+        StoreError: The file is missing or, by the block's own checks (ValueError), damaged; its
+            record is deleted then, so that the next run makes the part anew.
     """
-    address, expected = store.uri(PARTIALS, partial.key, name), partial.file(name).sha256
+    address = store.uri(PARTIALS, partial.key, name)
+    scratch = scratch_folder("part")
     try:
-        path = store.local_copy(scratch, PARTIALS, partial.key, name)
-        with storage_errors(address, "read"):
-            found = file_sha256(path)
+        yield store.local_copy(scratch, PARTIALS, partial.key, name), partial.file(name).sha256
     except StoreError as error:
         if not isinstance(error.__cause__, FileNotFoundError):  # a full disk harms no part
             raise
         raise _leave_out(store, partial, str(error)) from error
-    if found != expected:
-        reason = f"{address} is corrupted: sha256 {found}, expected {expected}"
-        raise _leave_out(store, partial, reason)
-    return path
+    except ValueError as error:
+        raise _leave_out(store, partial, f"{address}: {error}") from error
+    finally:
+        shutil.rmtree(scratch)
 
 
 def _leave_out(store: Store, partial: Partial, reason: str) -> StoreError:

@@ -48,6 +48,20 @@ def sample_catalog(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def local_ray():
+    """One local Ray for all tests, and for what `call_vitrine` runs from then on.
+
+    Its workers have the environment of its start: a test that changes what they read of it runs
+    `run_vitrine`, whose Ray is its own.
+    """
+    from jobs.cluster import ray_session
+    from jobs.config import RayConfig
+
+    with ray_session(RayConfig(object_store_mb=128)):
+        yield
+
+
+@pytest.fixture(scope="session")
 def run_vitrine():
     """Run the real command line in a fresh process."""
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from index_codes import codes_by_id
 
 from indexing import anatomy
 from indexing.anatomy import rotate
@@ -71,32 +72,6 @@ QUERIES = unit_rows(9, seed=4)
 
 def serialized(index):
     return faiss.serialize_index(index).tobytes()
-
-
-def codes_by_id(index):
-    """{id: (list, code)}: what an answer is computed from."""
-    if isinstance(index, faiss.IndexIDMap2):
-        return {i: (0, index.reconstruct(i).tobytes()) for i in stored_ids(index).tolist()}
-    ivf, found = ivf_of(index), {}
-    for number, size in enumerate(list_sizes(index).tolist()):
-        if size:
-            ids = faiss.rev_swig_ptr(ivf.invlists.get_ids(number), size).tolist()
-            found |= dict(
-                zip(ids, ((number, code) for code in list_codes(ivf, number)), strict=True)
-            )
-    return found
-
-
-def list_codes(ivf, number):
-    size, codes = ivf.invlists.list_size(number), ivf.invlists.get_codes(number)
-    if not isinstance(ivf, faiss.IndexIVFFastScan):
-        rows = faiss.rev_swig_ptr(codes, size * ivf.code_size).reshape(size, -1)
-        return [row.tobytes() for row in rows]
-    packer = ivf.get_CodePacker()
-    unpacked = np.empty((size, packer.code_size), np.uint8)
-    for place in range(size):
-        packer.unpack_1_c(codes, place, faiss.swig_ptr(unpacked[place]))
-    return [row.tobytes() for row in unpacked]
 
 
 def answers(index, nprobe=3, k=10):
@@ -421,7 +396,7 @@ def test_mapped_files_answer_alike_from_another_folder_and_refuse_changes(spec, 
         lambda: merge_indexes([TEMPLATES[spec], mapped]),
         lambda: merge_indexes([mapped, faiss.clone_index(TEMPLATES[spec])]),
         lambda: write_index(mapped, path),
-        lambda: write_partial(mapped, path),
+        lambda: write_partial(mapped, path, template_sha256="00"),
     ):
         with pytest.raises(ValueError, match="mapped from its file"):
             change()
@@ -462,12 +437,13 @@ def test_partials_share_their_templates_quantizer(spec, tmp_path):
     template = faiss.clone_index(TEMPLATES[spec])
     index = add_vectors(template, IDS, VECTORS)
     path = tmp_path / "part.faiss"
-    sha256 = write_partial(index, path)
+    seal = template_hash(template)
+    sha256 = write_partial(index, path, template_sha256=seal)
     expected = codes_by_id(index), answers(index), template_hash(index)
     assert answers(index)[1].tolist() == expected[1][1].tolist()  # writing left it as it was
     if spec.nlist:
         assert path.stat().st_size < len(serialized(index)) + 32
-    part = read_partial(path, template, sha256=sha256)
+    part = read_partial(path, template, sha256=sha256, template_sha256=seal)
     del index, template  # the part keeps the template alive
     gc.collect()
     assert (codes_by_id(part), template_hash(part)) == (expected[0], expected[2])
@@ -483,16 +459,19 @@ def test_partials_share_their_templates_quantizer(spec, tmp_path):
 @EVERY_IVF
 def test_parts_of_another_template_or_with_another_byte_are_refused(spec, tmp_path):
     path = tmp_path / "part.faiss"
-    sha256 = write_partial(add_vectors(TEMPLATES[spec], IDS, VECTORS), path)
+    template, other = TEMPLATES[spec], train(spec, seed=8)
+    seal = template_hash(template)
+    index = add_vectors(template, IDS, VECTORS)
+    sha256 = write_partial(index, path, template_sha256=seal)
     with pytest.raises(ValueError, match=r"part\.faiss stems from template .* expected"):
-        read_partial(path, train(spec, seed=8), sha256=sha256)
+        read_partial(path, other, sha256=sha256, template_sha256=template_hash(other))
     content = path.read_bytes()
     flipped = bytearray(content)
     flipped[len(flipped) // 2] ^= 1
     for changed in (content[:-1], content[:10], b"", bytes(flipped)):
         path.write_bytes(changed)
         with pytest.raises(ValueError, match="is corrupted"):
-            read_partial(path, TEMPLATES[spec], sha256=sha256)
+            read_partial(path, template, sha256=sha256, template_sha256=seal)
 
 
 @EVERY

@@ -14,7 +14,8 @@ from jobs.errors import JobError, StoreError
 
 
 @pytest.fixture(scope="module")
-def local_ray():
+def own_ray():
+    """Not the one of the other modules: its processes are killed."""
     with ray_session(RayConfig(object_store_mb=100)):
         yield
 
@@ -45,7 +46,7 @@ class Actor:
 
 
 @pytest.mark.parametrize("chained", [False, True])
-def test_worker_that_dies(local_ray, chained):
+def test_worker_that_dies(own_ray, chained):
     reference = wait_for.remote(die.remote()) if chained else die.remote()
     with pytest.raises(JobError, match=r"worker process died; what was committed stays") as caught:
         gather([reference])
@@ -53,27 +54,27 @@ def test_worker_that_dies(local_ray, chained):
     assert "embed.actors" in str(caught.value)
 
 
-def test_worker_that_dies_among_many(local_ray):
+def test_worker_that_dies_among_many(own_ray):
     with pytest.raises(JobError, match="worker process died"):
         list(gather_bounded(lambda call: call(), [wait_for.remote, die.remote], in_flight=2))
 
 
-def test_actor_that_dies(local_ray):
+def test_actor_that_dies(own_ray):
     with pytest.raises(JobError, match="actor process died"), ray_errors():
         ray.get(Actor.remote().die.remote())
 
 
-def test_error_of_ours_keeps_its_type(local_ray):
+def test_error_of_ours_keeps_its_type(own_ray):
     with pytest.raises(StoreError, match=r"^it is damaged$"):
         gather([wait_for.remote(fail.remote(StoreError("it is damaged")))])
 
 
-def test_error_of_ours_in_an_actors_start(local_ray):
+def test_error_of_ours_in_an_actors_start(own_ray):
     with pytest.raises(JobError, match=r"^it is damaged$"), ray_errors():
         ray.get(Actor.remote(StoreError("it is damaged")).die.remote())
 
 
-def test_bug_is_no_job_error(local_ray):
+def test_bug_is_no_job_error(own_ray):
     with pytest.raises(KeyError):
         gather([fail.remote(KeyError("a bug"))])
     with pytest.raises(ray.exceptions.ActorDiedError), ray_errors():

@@ -16,8 +16,7 @@ from encoders.checkpoint import (
 )
 from encoders.create import create_checkpoint
 from encoders.spec import EncoderSpec
-from jobs.cluster import ray_session
-from jobs.config import EmbedConfig, JobConfig, RayConfig
+from jobs.config import EmbedConfig, JobConfig
 from jobs.contract import (
     MIN_COSINE,
     QueryEncoder,
@@ -171,7 +170,7 @@ def test_queries_of_all_kinds_in_one_batch(own):
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory, sample_catalog, own):
+def release(tmp_path_factory, sample_catalog, own, local_ray):
     folder = tmp_path_factory.mktemp("release")
     table = pq.read_table(sample_catalog / "catalog.parquet").slice(0, 6)
     pq.write_table(table, sample_catalog / "six.parquet")
@@ -183,8 +182,7 @@ def release(tmp_path_factory, sample_catalog, own):
             "embed": {"fields": ["image", "text", "multimodal"], "query_image_weight": 0.3},
         }
     )
-    with ray_session(RayConfig(object_store_mb=128)):
-        result = refresh(config, Progress(quiet=True))
+    result = refresh(config, Progress(quiet=True))
     return Store(config.store), result.run
 
 

@@ -18,8 +18,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from encoders.checkpoint import load_encoder, load_tokenizers
 from encoders.fusion import FusionSpec
 from jobs.catalog import read_catalog
-from jobs.cluster import ray_session
-from jobs.config import CatalogConfig, EmbedConfig, JobConfig, RayConfig
+from jobs.config import CatalogConfig, EmbedConfig, JobConfig
 from jobs.diff import make_todo
 from jobs.duplicates import BatchImages, ImageVectors, SharedVectors, image_vectors
 from jobs.embed_images import load_pixels
@@ -102,12 +101,11 @@ def expected(products, task):
 
 
 @pytest.fixture(scope="module")
-def local_ray():
-    with ray_session(RayConfig(object_store_mb=128)):
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        context = DataContext.get_current()
-        context.enable_progress_bars = context.print_on_execution_start = False
-        yield
+def quiet_data(local_ray):
+    """Ray, whose Data says nothing of what it does."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
 
 
 def plan_all(task):
@@ -184,7 +182,7 @@ def check_rows(rows, expected):
     return vectors
 
 
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("quiet_data")
 def test_equal_images_are_embedded_once_by_all_actors_together(task, expected):
     with image_vectors(1000, DIM) as actor:
         rows, files = embed_all(replace(task, image_vectors=actor))
@@ -195,7 +193,7 @@ def test_equal_images_are_embedded_once_by_all_actors_together(task, expected):
     assert all(len(of_one) == 1 for of_one in vectors.values())
 
 
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("quiet_data")
 def test_images_that_were_forgotten_are_embedded_again(task, expected):
     with image_vectors(2, DIM) as actor:
         rows, files = embed_all(replace(task, image_vectors=actor))
@@ -210,7 +208,7 @@ def test_images_that_were_forgotten_are_embedded_again(task, expected):
     assert DISTINCT < count(files)[0] < SHARED * COPIES + SINGLE  # equal ones of a batch: once
 
 
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("quiet_data")
 @pytest.mark.parametrize("for_good", [False, True])
 def test_a_run_goes_on_without_its_vectors(task, expected, for_good):
     with image_vectors(1000, DIM) as actor:
@@ -222,7 +220,7 @@ def test_a_run_goes_on_without_its_vectors(task, expected, for_good):
     assert sum(count(files)) == SHARED * COPIES + SINGLE
 
 
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("quiet_data")
 def test_a_batch_that_died_with_its_claim_blocks_nobody(task, expected):
     shared = np.array([hash63((draw_picture(n),)) for n in range(SHARED)])
     with image_vectors(1000, DIM, claim_s=1.0) as actor:
@@ -232,7 +230,7 @@ def test_a_batch_that_died_with_its_claim_blocks_nobody(task, expected):
     assert DISTINCT <= count(files)[0] < SHARED * COPIES + SINGLE
 
 
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("quiet_data")
 def test_an_image_without_a_vector_rejects_all_its_products(task):
     todo, work = [ray.put(plan_all(task))], {"group": [0], "start": [0], "stop": [40]}
     with image_vectors(1000, DIM) as actor:

@@ -10,24 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.cluster import ray_session
-from jobs.config import EvaluateConfig, RayConfig, read_config
+from jobs.config import EvaluateConfig, read_config
 from jobs.errors import CatalogError
 from jobs.progress import Progress
 from jobs.queries import Query, read_queries
 from jobs.refresh import refresh
 from jobs.scores import by_category, overlap, score_queries, subtract, summarize
 
+pytestmark = pytest.mark.usefixtures("local_ray")
+
 METRICS = {"recall_at_1", "recall_at_5", "recall_at_10", "mrr", "ndcg_at_10"}
 KINDS = ["image", "text", "image + text"]
 FIELDS = ["multimodal", "image", "text"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray():
-    """One local Ray for all commands of this process."""
-    with ray_session(RayConfig(object_store_mb=128)):
-        yield
 
 
 class Shop:

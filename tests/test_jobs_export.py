@@ -17,8 +17,7 @@ import ray
 from s3_server import S3Server
 
 from jobs import export_files
-from jobs.cluster import ray_session
-from jobs.config import RayConfig, read_config
+from jobs.config import read_config
 from jobs.errors import ConfigError, JobError, StoreError
 from jobs.exact import release_rows
 from jobs.export import MANIFEST, export
@@ -33,16 +32,11 @@ from jobs.space import parse_space
 from jobs.store import Store
 from jobs.vectors import read_blocks
 
+pytestmark = pytest.mark.usefixtures("local_ray")
+
 BRANDS = ["Acme", "", None, "a/b c=é%", ".."]
 FIELDS = ("image", "multimodal", "text")
 QUIET = Progress(quiet=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray():
-    """One local Ray for all exports of this process."""
-    with ray_session(RayConfig(object_store_mb=128)):
-        yield
 
 
 class Shop:

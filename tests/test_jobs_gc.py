@@ -16,10 +16,10 @@ from s3_server import S3Server
 from store_maker import ENCODER, Row, age, append, publish
 
 from jobs import leases
-from jobs.cluster import gather, ray_session
+from jobs.cluster import gather
 from jobs.compact import compact, find_encoders, list_table, plan_compaction
 from jobs.compact_rows import mark_needed
-from jobs.config import RayConfig, read_config
+from jobs.config import read_config
 from jobs.errors import ConfigError, StoreError
 from jobs.files import delete_files, files_since, list_files, replace_files
 from jobs.gc import describe, gc
@@ -35,12 +35,6 @@ OTHER = "d" * 64
 RUNS = [f"2026010{n}T120000-aaaaaa" for n in range(1, 7)]
 ROWS = 1000
 DAY_S = 86_400
-
-
-@pytest.fixture(scope="module")
-def local_ray():
-    with ray_session(RayConfig(object_store_mb=128)):
-        yield
 
 
 @pytest.fixture

@@ -18,25 +18,18 @@ from table_rows import make_live
 from jobs import ids_table
 from jobs.buckets import split_by_bucket
 from jobs.catalog import read_catalog
-from jobs.cluster import ray_session
-from jobs.config import CatalogConfig, RayConfig
+from jobs.config import CatalogConfig
 from jobs.diff import Plan
 from jobs.errors import CatalogError, JobError, StoreError
 from jobs.ids import KEYS, write_ids
-from jobs.ids_cache import UNUSED_S, machine_cache
+from jobs.ids_cache import UNUSED_S
 from jobs.ids_table import Ids
 from jobs.live import Live, LiveRows
 from jobs.schemas import IMAGE_BITS, vector_id
-from jobs.storage import file_sha256
+from jobs.storage import file_sha256, machine_cache
 from jobs.store import Store
 
 IMAGES = 100
-
-
-@pytest.fixture(scope="module")
-def session():
-    with ray_session(RayConfig(object_store_mb=100)):
-        yield
 
 
 def write_live(catalog, ids, store, buckets):
@@ -44,7 +37,8 @@ def write_live(catalog, ids, store, buckets):
     parts = split_by_bucket(rows, buckets)
     live = Live(
         rows=LiveRows(
-            files=[], parts=[], vectors=len(ids), products=2, rejected=0, most_images=IMAGES
+            files=[], group_rows=[], parts=[], vectors=len(ids),
+            products=2, rejected=0, most_images=IMAGES,
         ),
         buckets=[ray.put(part) for part in parts],
         stale=[], names=["a.parquet"], reasons={}, examples={},
@@ -54,7 +48,7 @@ def write_live(catalog, ids, store, buckets):
 
 
 @pytest.mark.parametrize("buckets", [1, 8])
-def test_every_live_image_of_a_product_is_listed(session, tmp_path, buckets):
+def test_every_live_image_of_a_product_is_listed(local_ray, tmp_path, buckets):
     table = {"product_id": ["a", "b"], "title": ["x", "y"], "image": [[b"1"] * IMAGES, [b"2"]]}
     pq.write_table(pa.table(table), tmp_path / "c.parquet")
     config = CatalogConfig(path=str(tmp_path / "c.parquet"))
@@ -78,7 +72,7 @@ def test_every_live_image_of_a_product_is_listed(session, tmp_path, buckets):
     assert json.loads(rows.schema.metadata[b"files"]) == ["a.parquet"]
 
 
-def test_a_row_that_left_the_catalog_meanwhile_is_an_error(session, tmp_path):
+def test_a_row_that_left_the_catalog_meanwhile_is_an_error(local_ray, tmp_path):
     pq.write_table(pa.table({"product_id": ["a"], "title": ["x"]}), tmp_path / "c.parquet")
     config = CatalogConfig(path=str(tmp_path / "c.parquet"))
     catalog = read_catalog(config, need_images=False, need_text=True)
@@ -310,7 +304,7 @@ def test_a_file_cut_short_is_made_again(tmp_path, share):
 def test_the_cache_of_a_machine_is_its_users_own(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     table = Table(tmp_path, make_rows(3))
-    table.cache = machine_cache()
+    table.cache = machine_cache() / "ids"
     table.open()
     assert str(os.getuid()) in table.cache.relative_to(tmp_path).parts[0]
     assert [path.stat().st_mode & 0o777 for path in (table.cache, table.cache.parent)] == [

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,14 +23,14 @@ from indexing.refine import encode_refine
 from indexing.search import SearchPoint, search_index, search_partition, search_partitions
 from indexing.spec import IndexSpec
 from jobs.buckets import split_by_bucket
-from jobs.cluster import ray_session
-from jobs.config import IndexConfig, RayConfig
+from jobs.config import IndexConfig
 from jobs.diff import Plan
 from jobs.embed_write import write_data_file
 from jobs.errors import ConfigError, StoreError
 from jobs.index import IndexJob, build_index
 from jobs.index_choice import choose_spec, reasons_to_retrain
 from jobs.index_files import open_index, open_partitions, read_files
+from jobs.index_memory import add_memory, merge_memory, train_memory
 from jobs.items import PLAN_DTYPE
 from jobs.live import STALE_DTYPE, join_live
 from jobs.partials import PARTIALS, RECORD
@@ -79,12 +81,6 @@ def make_table(store, *, spread=False):
     return ids, vectors
 
 
-@pytest.fixture(scope="module")
-def session():
-    with ray_session(RayConfig(object_store_mb=200)):
-        yield
-
-
 def make_live(store, ids, buckets=1):
     rows = np.zeros(len(ids), PLAN_DTYPE)
     for name in ("vector_id", "image_hash", "text_hash", "product"):
@@ -98,7 +94,7 @@ def make_live(store, ids, buckets=1):
 def make_job(store, live, folder, config=None, **values):
     values = {"sample_rows": 300, "base": None, "retrain": (), "labelled": None} | values
     where = {"store": store, "field": IMAGE, "live": live, "folder": folder, "ids": {}}
-    return IndexJob(config=config or IndexConfig(), **where, **values)
+    return IndexJob(config=config or IndexConfig(), file_rows=5_000, **where, **values)
 
 
 def build(store, live, folder, config=None, **values):
@@ -118,7 +114,7 @@ def quiet(step):
     pass
 
 
-def test_ivf_pq_is_trained_filled_merged_and_measured(session, tmp_path):
+def test_ivf_pq_is_trained_filled_merged_and_measured(local_ray, tmp_path):
     store = Store(str(tmp_path))
     ids, vectors = make_table(store)
     built = [
@@ -144,7 +140,7 @@ def test_ivf_pq_is_trained_filled_merged_and_measured(session, tmp_path):
     assert (found == ids[:20]).mean() > 0.9
 
 
-def test_partitions_hold_what_one_file_would(session, tmp_path):
+def test_partitions_hold_what_one_file_would(local_ray, tmp_path):
     store = Store(str(tmp_path))
     ids, vectors = make_table(store, spread=True)
     live = make_live(store, ids)
@@ -163,7 +159,7 @@ def test_partitions_hold_what_one_file_would(session, tmp_path):
     assert (found[0] >= expected[0] - 1e-6).all()
 
 
-def test_a_build_goes_on_from_the_parts_that_are_whole(session, tmp_path):
+def test_a_build_goes_on_from_the_parts_that_are_whole(local_ray, tmp_path):
     store = Store(str(tmp_path))
     ids, _ = make_table(store)
     first = build_index(make_job(store, make_live(store, ids), "first"), quiet)
@@ -179,7 +175,10 @@ def test_a_build_goes_on_from_the_parts_that_are_whole(session, tmp_path):
 
 CHILD = """
 import sys
+import tempfile
 sys.path.insert(0, sys.argv[1])
+from jobs.cluster import ray_session
+from jobs.config import RayConfig
 from test_jobs_index import *
 with ray_session(RayConfig(object_store_mb=100)):
     store = Store(sys.argv[2])
@@ -187,29 +186,40 @@ with ray_session(RayConfig(object_store_mb=100)):
 """
 
 
-def test_a_build_that_is_killed_goes_on(session, tmp_path):
-    store = Store(str(tmp_path / "store"))
+def parts_there(store):
+    return set(Path(store.root, PARTIALS).glob(f"*/{RECORD}"))
+
+
+@pytest.mark.parametrize(
+    ("moment", "sign", "whole"),
+    [("train", "vitrine-train-*", 0), ("add", "vitrine-add-*", 1), ("merge", "vitrine-merge-*", 4)],
+)
+def test_a_build_that_is_killed_goes_on(local_ray, tmp_path, moment, sign, whole):
+    """At the moment when a task makes its scratch folder, which is deleted at its end."""
+    store, scratch = Store(str(tmp_path / "store")), tmp_path / "scratch"
+    scratch.mkdir()
     ids, _ = make_table(store)
     np.save(tmp_path / "ids.npy", ids)
     tests = Path(__file__).parent
     command = [sys.executable, "-c", CHILD, tests, store.root, tmp_path / "ids.npy"]
-    child = subprocess.Popen(command, cwd=tests.parent, stderr=subprocess.DEVNULL)
-    records = Path(store.root, PARTIALS)
+    environment = os.environ | {"TMPDIR": str(scratch), "RAY_TMPDIR": tempfile.gettempdir()}
+    child = subprocess.Popen(command, cwd=tests.parent, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not any(records.glob(f"*/{RECORD}")):
+    while not any(scratch.glob(sign)):
         assert child.poll() is None, "it ended before it was killed"
         assert time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(0.001)
     child.kill()
     assert child.wait() == -signal.SIGKILL
-    before = {path: path.stat().st_mtime_ns for path in records.glob(f"*/{RECORD}")}
+    before = {path: path.stat().st_mtime_ns for path in parts_there(store)}
+    assert len(before) >= whole
     index = build(store, make_live(store, ids), "again")
     assert (index.ntotal, index.measured.missing, index.measured.extra) == (ROWS, 0, 0)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
-def test_a_damaged_part_is_refused_and_made_anew(session, tmp_path, damage):
+def test_a_damaged_part_is_refused_and_made_anew(local_ray, tmp_path, damage):
     store = Store(str(tmp_path))
     ids, _ = make_table(store)
     first = build_index(make_job(store, make_live(store, ids), "first"), quiet)
@@ -223,7 +233,7 @@ def test_a_damaged_part_is_refused_and_made_anew(session, tmp_path, damage):
     assert again.partitions[0].codes.sha256 == first.index.partitions[0].codes.sha256
 
 
-def test_removed_and_older_rows_are_not_indexed(session, tmp_path):
+def test_removed_and_older_rows_are_not_indexed(local_ray, tmp_path):
     store = Store(str(tmp_path))
     ids, _ = make_table(store)
     kept = ids[::2]
@@ -253,7 +263,7 @@ def with_release(live, ids):
 
 
 @pytest.mark.parametrize("most", [20_000, 4000])
-def test_a_trained_index_is_updated_beside_the_old_one(session, tmp_path, most):
+def test_a_trained_index_is_updated_beside_the_old_one(local_ray, tmp_path, most):
     """Also into more files than it had: they are split, nothing is added again."""
     store = Store(str(tmp_path))
     ids, vectors = make_table(store, spread=True)
@@ -288,7 +298,7 @@ def test_a_trained_index_is_updated_beside_the_old_one(session, tmp_path, most):
     assert (kept.action, kept.partitions) == ("kept", new.partitions)
 
 
-def test_a_damaged_base_is_replaced_not_obeyed(session, tmp_path):
+def test_a_damaged_base_is_replaced_not_obeyed(local_ray, tmp_path):
     store = Store(str(tmp_path))
     ids, _ = make_table(store)
     old = build(store, make_live(store, ids[:-200]), "old")
@@ -311,7 +321,7 @@ def unit(vectors):
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def test_drift_trains_anew_and_says_why(session, tmp_path):
+def test_drift_trains_anew_and_says_why(local_ray, tmp_path):
     store = Store(str(tmp_path))
     ids, _ = make_table(store)
     old = build(store, make_live(store, ids[:10_000]), "old")
@@ -320,6 +330,33 @@ def test_drift_trains_anew_and_says_why(session, tmp_path):
     new = build(store, live, "new", config, base=entry(old))
     assert (new.action, new.ntotal, new.trained["run"]) == ("trained", ROWS, "new")
     assert any("12,000 vectors" in reason and "1.1" in reason for reason in new.reasons)
+
+
+def test_an_update_that_drift_discards_leaves_no_file(local_ray, tmp_path):
+    store = Store(str(tmp_path))
+    ids, _ = make_table(store)
+    parted = IndexConfig(max_partition_vectors=4_000)
+    old = build(store, make_live(store, ids[:10_000]), "old", parted)
+    assert len(old.partitions) == 4
+    live = with_release(make_live(store, ids), ids[:10_000])
+    config = IndexConfig(drift=DriftLimits(max_size_growth=1.1))
+    new = build(store, live, "new", config, base=entry(old))
+    assert (new.action, len(new.partitions)) == ("trained", 1)
+    found = {path.name for path in (tmp_path / "indexes" / "new").iterdir()}
+    assert found == {"image.faiss", "image.refine", "image.template.faiss"}
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (lambda spec: train_memory(spec, 10**10), "smaller index.train_rows"),
+        (lambda spec: add_memory(spec, 10**12, 10**6, 4), "smaller ray.bucket_rows"),
+        (lambda spec: merge_memory(spec, 10**12), "smaller index.max_partition_vectors"),
+    ],
+)
+def test_what_no_machine_can_hold_is_refused(local_ray, ask, words):
+    with pytest.raises(ConfigError, match=f"takes about .* MiB, the largest machine .*{words}"):
+        ask(IndexSpec.parse("IVF1024,PQ16x4fs", DIM))
 
 
 @pytest.mark.parametrize(
@@ -343,7 +380,7 @@ def test_what_forbids_an_update(config, ntotal, words):
     assert all(word in reason for word, reason in zip(words, found, strict=True))
 
 
-def test_impossible_index_is_a_config_error(session, tmp_path):
+def test_impossible_index_is_a_config_error(local_ray, tmp_path):
     store = Store(str(tmp_path))
     ids, _ = make_table(store)
     config = IndexConfig(factory="IVF4096,PQ8np")
@@ -369,7 +406,7 @@ def test_sample_keys_are_uniform(ids):
 
 
 @pytest.mark.parametrize("rows", [0, 7, 100, 12_000, 50_000])
-def test_a_sample_is_the_rows_with_the_smallest_keys(session, tmp_path, rows):
+def test_a_sample_is_the_rows_with_the_smallest_keys(local_ray, tmp_path, rows):
     store = Store(str(tmp_path))
     ids, vectors = make_table(store)
     live = make_live(store, ids, 2).rows

@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.cluster import ray_session
-from jobs.config import JobConfig, RayConfig
+from jobs.config import JobConfig
 from jobs.errors import FingerprintError, GateError, StoreError
 from jobs.evaluate import evaluate
 from jobs.preview import Preview
@@ -24,6 +23,8 @@ from jobs.sample import write_sample
 from jobs.search import Searcher
 from jobs.store import Store
 
+pytestmark = pytest.mark.usefixtures("local_ray")
+
 PRODUCTS = 60
 REPOSITORY = Path(__file__).resolve().parent.parent
 QUIET = Progress(quiet=True)
@@ -33,12 +34,6 @@ def read_log(store, run):
     """A run's log, oldest event first."""
     text = Path(store.uri("runs", run, "log.jsonl")).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray():
-    with ray_session(RayConfig(object_store_mb=128)):
-        yield
 
 
 @pytest.fixture(scope="module")

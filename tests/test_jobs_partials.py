@@ -2,18 +2,19 @@
 
 import pytest
 
+from indexing.files import check_file
 from jobs.errors import StoreError
 from jobs.files import list_files
 from jobs.partials import (
     PARTIALS,
     RECORD,
     delete_partials,
-    fetch_partial,
+    fetched_partial,
     find_partial,
     make_key,
     put_partial,
 )
-from jobs.storage import StorageError, file_sha256
+from jobs.storage import PatientS3, StorageError, file_sha256
 from jobs.store import Store
 
 KEY = make_key("rows", b"template")
@@ -34,7 +35,9 @@ def test_a_part_is_found_and_fetched(store, tmp_path):
     assert find_partial(store, KEY) is None
     partial = put_one(store, tmp_path)
     assert find_partial(store, KEY) == partial
-    assert fetch_partial(store, partial, "0.index", tmp_path).read_bytes() == b"lists"
+    with fetched_partial(store, partial, "0.index") as (path, sha256):
+        assert path.read_bytes() == b"lists"
+        check_file(path, sha256=sha256)
     delete_partials(store, [KEY])
     assert list_files(store, PARTIALS) == []
 
@@ -55,8 +58,10 @@ def test_a_storage_that_does_not_answer_is_an_error(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    PatientS3.clear_instance_cache()  # connected to another server by an earlier test
     with pytest.raises(StorageError):
         find_partial(Store("s3://bucket/store"), KEY)
+    PatientS3.clear_instance_cache()
 
 
 @pytest.mark.parametrize(("damage", "words"), [("flipped", "is corrupted"), ("gone", "is missing")])
@@ -64,6 +69,10 @@ def test_a_part_that_lost_a_file_is_left_out(store, tmp_path, damage, words):
     partial = put_one(store, tmp_path)
     path = tmp_path / "store" / PARTIALS / KEY / "0.index"
     path.write_bytes(b"other") if damage == "flipped" else path.unlink()
-    with pytest.raises(StoreError, match=f"{words}.*; it is left out now: run the command again"):
-        fetch_partial(store, partial, "0.index", tmp_path)
+    told = f"{words}.*; it is left out now: run the command again"
+    with (
+        pytest.raises(StoreError, match=told),
+        fetched_partial(store, partial, "0.index") as (path, sha256),
+    ):
+        check_file(path, sha256=sha256)
     assert find_partial(store, KEY) is None

@@ -7,17 +7,9 @@ import pytest
 import ray
 
 from jobs.buckets import split_by_bucket
-from jobs.cluster import ray_session
-from jobs.config import RayConfig
 from jobs.live import LIVE_DTYPE, Live, LiveRows
 from jobs.placeholders import PLACEHOLDERS, TALLY, find_placeholders, tally_images
 from jobs.store import Store
-
-
-@pytest.fixture(scope="module")
-def session():
-    with ray_session(RayConfig(object_store_mb=100)):
-        yield
 
 
 def make_rows(shares):
@@ -30,7 +22,7 @@ def make_rows(shares):
 
 
 @pytest.mark.parametrize("buckets", [1, 8])
-def test_counts_are_exact_over_any_buckets(session, tmp_path, buckets):
+def test_counts_are_exact_over_any_buckets(local_ray, tmp_path, buckets):
     shares = {-7: 40, 5: 30, 2**62: 3, 9: 2, 0: 50} | {100 + n: 1 for n in range(60)}
     rows = make_rows(shares)
     names = [f"p{n}" for n in range(len(rows))]
@@ -39,7 +31,15 @@ def test_counts_are_exact_over_any_buckets(session, tmp_path, buckets):
     pq.write_table(pa.table(table), tmp_path / "ids.parquet")
     store.upload(tmp_path / "ids.parquet", "indexes", "run", "ids.parquet")
     live = Live(
-        rows=LiveRows(files=[], parts=[], vectors=len(rows), products=1, rejected=0, most_images=1),
+        rows=LiveRows(
+            files=[],
+            group_rows=[],
+            parts=[],
+            vectors=len(rows),
+            products=1,
+            rejected=0,
+            most_images=1,
+        ),
         buckets=[ray.put(part) for part in split_by_bucket(rows, buckets)],
         stale=[],
         names=[],

@@ -14,9 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from jobs.cluster import ray_session
-from jobs.config import RayConfig
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared" / "data"
 PRODUCTS = 40
@@ -414,13 +411,6 @@ def test_checkpoint_whose_dimension_was_edited(chain, tmp_path, call_vitrine, fa
     assert "64" in path.read_text()
     options = ("--config", chain.config, "--set", f"store={tmp_path / 'store'}")
     failed_line(call_vitrine("search", *options, "--text", "a"))
-
-
-@pytest.fixture(scope="module")
-def local_ray():
-    """One local Ray for the refreshes of this process."""
-    with ray_session(RayConfig(object_store_mb=128)):
-        yield
 
 
 @pytest.mark.usefixtures("local_ray")

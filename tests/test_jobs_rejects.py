@@ -10,8 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from jobs.cluster import ray_session
-from jobs.config import RayConfig, read_config
+from jobs.config import read_config
 from jobs.diff import Retry
 from jobs.errors import GateError, JobError
 from jobs.images import RejectReason
@@ -22,16 +21,11 @@ from jobs.rejects import json_parts, open_rejects, parse_reasons, print_rejects
 from jobs.schemas import DELETE, REJECT, UPSERT
 from jobs.state import OPERATIONS, REASONS, STATE_DTYPE
 
+pytestmark = pytest.mark.usefixtures("local_ray")
+
 CLOSED_PORT = "127.0.0.1:9"
 ODD_NAME = "[red]\x1b[31modd"
 RETRY = Retry(max_attempts=3, limits_hash=0, published_us=1_000_000)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray():
-    """One local Ray for all commands of this process."""
-    with ray_session(RayConfig(object_store_mb=128)):
-        yield
 
 
 def state(*rows):

@@ -11,8 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from store_maker import Row, age, append, publish
 
-from jobs.cluster import ray_session
-from jobs.config import RayConfig, read_config
+from jobs.config import read_config
 from jobs.errors import PublishConflictError, StoreError
 from jobs.files import list_files
 from jobs.gc import gc
@@ -24,16 +23,11 @@ from jobs.rollback import rollback
 from jobs.search import Searcher
 from jobs.store import Store
 
+pytestmark = pytest.mark.usefixtures("local_ray")
+
 PRODUCTS = 12
 RUNS = [f"2026010{n}T120000-aaaaaa" for n in range(1, 4)]
 QUIET = Progress(quiet=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def local_ray():
-    """One local Ray for all commands of this process."""
-    with ray_session(RayConfig(object_store_mb=128)):
-        yield
 
 
 class Shop:

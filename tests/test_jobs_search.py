@@ -21,8 +21,7 @@ from PIL import Image
 from encoders.create import create_checkpoint
 from encoders.spec import EncoderSpec
 from indexing.search import SearchPoint
-from jobs.cluster import ray_session
-from jobs.config import JobConfig, RayConfig
+from jobs.config import JobConfig
 from jobs.errors import JobError, StoreError
 from jobs.progress import Progress
 from jobs.refresh import refresh
@@ -71,24 +70,23 @@ class Shop:
         spec = EncoderSpec(architecture=str(towers), pretrained="random")
         create_checkpoint(spec, folder / "encoder")
         quiet = Progress(quiet=True)
-        with ray_session(RayConfig(object_store_mb=100)):
-            for version, index in INDEXES.items():
-                config = JobConfig.model_validate(
-                    {
-                        "store": str(folder / "store"),
-                        "catalog": {"path": str(folder / "catalog" / "catalog.parquet")},
-                        "encoder": {"checkpoint": str(folder / "encoder")},
-                        "embed": {"fields": ["image", "text"]},
-                        "index": index,
-                        "gate": {
-                            "min_intersection_at_10": 0,
-                            "min_self_retrieval": 0,
-                            "min_overlap_at_10": 0,
-                        },
-                    }
-                )
-                command = refresh if version == FLAT else reindex
-                assert command(config, quiet).release == version
+        for version, index in INDEXES.items():
+            config = JobConfig.model_validate(
+                {
+                    "store": str(folder / "store"),
+                    "catalog": {"path": str(folder / "catalog" / "catalog.parquet")},
+                    "encoder": {"checkpoint": str(folder / "encoder")},
+                    "embed": {"fields": ["image", "text"]},
+                    "index": index,
+                    "gate": {
+                        "min_intersection_at_10": 0,
+                        "min_self_retrieval": 0,
+                        "min_overlap_at_10": 0,
+                    },
+                }
+            )
+            command = refresh if version == FLAT else reindex
+            assert command(config, quiet).release == version
         self.store, self.config = Store(str(folder / "store")), config
         self.searchers = {version: open_release(self.store, version) for version in INDEXES}
         self.searcher = self.searchers[LISTS]
@@ -108,7 +106,7 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory, tiny_towers):
+def shop(tmp_path_factory, tiny_towers, local_ray):
     return Shop(tmp_path_factory.mktemp("search"), tiny_towers)
 
 

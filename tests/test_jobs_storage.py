@@ -15,8 +15,6 @@ from encoders.fusion import FusionSpec
 from indexing.build import add_vectors, train_index, write_index
 from indexing.spec import IndexSpec
 from jobs import exact, index_tasks
-from jobs.cluster import ray_session
-from jobs.config import RayConfig
 from jobs.embed_write import write_data_file
 from jobs.errors import StoreError
 from jobs.index_files import FieldFiles, PartitionFiles, open_index, upload_file
@@ -189,7 +187,7 @@ def test_damaged_index_is_one_line(store, index):
         open_index(store, index, mapped=True)
 
 
-def test_index_that_does_not_hold_what_its_release_says(store, index):
+def test_index_that_does_not_hold_what_its_release_says(local_ray, store, index):
     stale = np.zeros(1, [("vector_id", "<i8"), ("all", "?")])
     stale["vector_id"], stale["all"] = 77, True
     spec = IndexSpec(dim=16)
@@ -197,10 +195,9 @@ def test_index_that_does_not_hold_what_its_release_says(store, index):
     base = FieldFiles(spec=spec, template=index, partitions=(partition,))
     field = VectorField(name="image", dim=16, fusion=FusionSpec())
     target = Target(store=store, field=field, spec=spec, folder="next", partitions=1)
-    with ray_session(RayConfig(object_store_mb=100)):
-        changes = Changes(base=base, stale=[ray.put(stale)], mark="all")
-        with pytest.raises(StoreError, match=r"image\.faiss doesn't fit its release .*reindex"):
-            index_tasks.merge._function(target, index, 0, changes)
+    changes = Changes(base=base, stale=[ray.put(stale)], mark="all")
+    with pytest.raises(StoreError, match=r"image\.faiss doesn't fit its release .*reindex"):
+        index_tasks.merge._function(target, index, 0, changes)
 
 
 def test_damaged_ids_are_one_line(store, tmp_path):

@@ -18,20 +18,13 @@ import pytest
 
 from encoders.checkpoint import fingerprint, load_encoder, read_checkpoint_config
 from encoders.encoder import MsrEncoder, OpenClipEncoder
-from jobs.cluster import ray_session
-from jobs.config import JobConfig, RayConfig
+from jobs.config import JobConfig
 from jobs.errors import ConfigError
 from jobs.images import ImagesConfig
 from jobs.train import make_start
 from jobs.train_loop import BEST_FOLDER, TrainTask, train_loop
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def session():
-    with ray_session(RayConfig(object_store_mb=128)):
-        yield
 
 
 @pytest.fixture
@@ -70,7 +63,7 @@ def read_report(result):
     return json.loads(Path(result["report"]).with_suffix(".json").read_text(encoding="utf-8"))
 
 
-def test_command_trains_reports_and_cleans_up(session, job, tmp_path, call_vitrine):
+def test_command_trains_reports_and_cleans_up(local_ray, job, tmp_path, call_vitrine):
     config = job(preset="mim4")
     result = summary(call_vitrine("train", tmp_path / "new" / "out", "--config", config, "--json"))
     assert (result["preset"], result["pairs"], result["steps"]) == ("mim4", 40, 6)
@@ -96,7 +89,7 @@ def test_command_trains_reports_and_cleans_up(session, job, tmp_path, call_vitri
     assert left == ["training"]
 
 
-def test_two_workers_train_as_one_and_tell_people(session, job, loop, tmp_path, call_vitrine):
+def test_two_workers_train_as_one_and_tell_people(local_ray, job, loop, tmp_path, call_vitrine):
     options = {"steps": 3, "validation": None, "validate_every": None}
     config = job(workers=2, **options)
     done = call_vitrine("train", tmp_path / "out", "--config", config)
@@ -112,7 +105,7 @@ def test_two_workers_train_as_one_and_tell_people(session, job, loop, tmp_path, 
 
 
 def test_error_of_a_worker_is_one_line(
-    session, job, tmp_path, sample_catalog, call_vitrine, failed_line
+    local_ray, job, tmp_path, sample_catalog, call_vitrine, failed_line
 ):
     rows = pq.read_table(sample_catalog / "pairs-train.parquet").to_pylist()
     gone = [row | {"query_image_uri": "gone.jpg"} for row in rows]
@@ -123,7 +116,7 @@ def test_error_of_a_worker_is_one_line(
     assert not (tmp_path / "o").exists()
 
 
-def test_more_workers_than_the_machine_has(session, job, tmp_path, call_vitrine, failed_line):
+def test_more_workers_than_the_machine_has(local_ray, job, tmp_path, call_vitrine, failed_line):
     config = job(workers=8 * (os.cpu_count() or 1), batch_size=8 * (os.cpu_count() or 1))
     line = failed_line(call_vitrine("train", tmp_path / "o", "--quiet", "--config", config))
     assert re.search(r"train.workers is \d+, this machine has \d+ [CG]PUs", line)

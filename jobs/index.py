@@ -175,7 +175,6 @@ def _train(job: IndexJob, reasons: tuple[str, ...], progress: Callable[[str], No
         folder=job.folder,
         partitions=count_partitions(job.count, job.config.max_partition_vectors),
     )
-    progress(f"{job.field.name}: train {spec.factory}")
     template, key = _train_template(job, target, held, progress)
     progress(f"{job.field.name}: add and merge")
     files, keys = _fill(job, target, template, None)
@@ -239,7 +238,11 @@ def _train_template(
         salt=f"train/{job.field.name}",
         held_out=(_measure_salt(job), held) if spec.nlist else None,
     )
+    progress(f"{job.field.name}: sample up to {min(draw.rows, job.count):,} rows to train on")
     parts = sample_vectors(job.store, job.field, job.live.rows, draw)
+    if parts:  # awaited for the report's sake: reading is one step, training another
+        ray.wait(parts, num_returns=len(parts), fetch_local=False)
+    progress(f"{job.field.name}: train {spec.factory}")
     cpus = largest_node_cpus() if spec.nlist else 1  # a flat index learns nothing
     memory = train_memory(spec, min(draw.rows, job.count))
     task = index_tasks.train.options(num_cpus=cpus, memory=memory)

@@ -123,10 +123,10 @@ def _train(
     tell: Callable[[str], None],
     parts: tuple[tuple[Int64Array, Float32Array], ...],
 ) -> tuple[IndexFile, str]:
-    tell(f"{target.field.name}: read the training sample")
     faiss.omp_set_num_threads(threads)
     ids, vectors = join_sample(parts, draw)
     sample = vectors.reshape(-1, target.spec.dim)
+    tell(f"{target.field.name}: train on {len(sample):,} rows")
     key = make_key(repr(target.spec), str(draw.seed), ids.data, sample.data)
     scratch = scratch_folder("train")
     try:

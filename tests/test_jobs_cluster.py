@@ -8,7 +8,15 @@ import time
 import pytest
 import ray
 
-from jobs.cluster import gather, gather_bounded, ray_errors, ray_session
+from jobs.cluster import (
+    WATCH_S,
+    gather,
+    gather_bounded,
+    ray_errors,
+    ray_session,
+    run_telling,
+    watch,
+)
 from jobs.config import RayConfig
 from jobs.errors import JobError, StoreError
 
@@ -79,6 +87,46 @@ def test_bug_is_no_job_error(own_ray):
         gather([fail.remote(KeyError("a bug"))])
     with pytest.raises(ray.exceptions.ActorDiedError), ray_errors():
         ray.get(Actor.remote(KeyError("a bug")).die.remote())
+
+
+@ray.remote(num_cpus=1, max_retries=0)
+def tell_and(work):
+    yield from run_telling(work)
+
+
+def test_a_task_tells_its_newest_words_and_then_its_result(own_ray):
+    def work(tell):
+        tell("begun")
+        tell("half")
+        time.sleep(WATCH_S + 1)
+        return "result", 1
+
+    words = []
+    assert watch(tell_and.remote(work), "wait", words.append) == ("result", 1)
+    assert words == ["half"]
+
+
+def test_a_telling_task_that_fails_or_dies(own_ray):
+    def fail(tell):
+        raise StoreError("it is damaged")
+
+    with pytest.raises(StoreError, match=r"^it is damaged$"):
+        watch(tell_and.remote(fail), "wait", print)
+    with pytest.raises(JobError, match="worker process died"):
+        watch(tell_and.remote(lambda tell: os.kill(os.getpid(), signal.SIGKILL)), "wait", print)
+
+
+def test_who_waits_for_cpus_says_so(own_ray):
+    busy, words = [hold.remote() for _ in range(max(2, os.cpu_count() or 2))], []
+    ray.wait(busy, num_returns=1, timeout=1)
+    task = tell_and.remote(lambda tell: ("result", 1))
+    assert watch(task, "wait for a machine", words.append) == ("result", 1)
+    assert words == ["wait for a machine"]
+
+
+@ray.remote(num_cpus=1)
+def hold():
+    time.sleep(3 * WATCH_S)
 
 
 def free_port():

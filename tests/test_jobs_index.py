@@ -140,6 +140,20 @@ def test_ivf_pq_is_trained_filled_merged_and_measured(local_ray, tmp_path):
     assert (found == ids[:20]).mean() > 0.9
 
 
+def test_steps_are_told_in_their_order(local_ray, tmp_path):
+    store, told = Store(str(tmp_path)), []
+    ids, _ = make_table(store)
+    built = build_index(make_job(store, make_live(store, ids), "run"), told.append)
+    steps = [words.removeprefix("image: ") for words in told]
+    assert steps == [
+        "exact search of held-out queries",
+        "sample up to 12,000 rows to train on",
+        f"train {built.index.factory}",
+        "add and merge",
+        "measure",
+    ]
+
+
 def test_partitions_hold_what_one_file_would(local_ray, tmp_path):
     store = Store(str(tmp_path))
     ids, vectors = make_table(store, spread=True)

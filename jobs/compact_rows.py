@@ -19,6 +19,7 @@ import ray
 from jobs.buckets import Parts, Records, sort_records, split_rows
 from jobs.cluster import gather
 from jobs.embed_write import write_data_file
+from jobs.outputs import regroup
 from jobs.schemas import DELETE, EMBEDDINGS
 from jobs.state import OPERATIONS, STATE_DTYPE, read_data_file
 from jobs.store import DataFile, Store
@@ -140,7 +141,7 @@ def rewrite(store: Store, names: list[str], *parts: Records) -> list[DataFile]:
     limit = -(-len(places) // -(-len(places) // FILE_ROWS))
     return [
         write_data_file(store, table, pc.max(table["generation"]).as_py())
-        for table in _regroup(_read_places(store, names, places), limit)
+        for table in regroup(_read_places(store, names, places), EMBEDDINGS, limit)
     ]
 
 
@@ -149,14 +150,3 @@ def _read_places(store: Store, names: list[str], places: Records) -> Iterator[pa
         rows = pa.array(places["row"][places["file"] == number])
         table = read_data_file(store, names[number], EMBEDDINGS.names)
         yield table.select(EMBEDDINGS.names).cast(EMBEDDINGS).take(rows)
-
-
-def _regroup(tables: Iterator[pa.Table], limit: int) -> Iterator[pa.Table]:
-    rest = EMBEDDINGS.empty_table()
-    for table in tables:
-        rest = pa.concat_tables([rest, table])
-        while len(rest) >= limit:
-            yield rest.slice(0, limit)
-            rest = rest.slice(limit)
-    if len(rest):
-        yield rest

@@ -24,6 +24,7 @@ from jobs.diff import Plan
 from jobs.errors import CatalogError
 from jobs.items import read_unit
 from jobs.live import Live
+from jobs.outputs import regroup
 from jobs.schemas import vector_id
 from jobs.state import ROW_GROUP_ROWS, locate
 from jobs.storage import file_sha256
@@ -205,19 +206,7 @@ def _live_rows(live: list[Any]) -> Iterator[pa.Table]:
 def _write_file(path: Path, schema: pa.Schema, tables: Iterator[pa.Table]) -> dict[str, Any]:
     count = 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for table in _regroup(tables, schema):
+        for table in regroup(tables, schema, ROW_GROUP_ROWS):  # readers count row groups by it
             writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
             count += table.num_rows
     return {"file": path.name, "sha256": file_sha256(path), "rows": count}
-
-
-def _regroup(tables: Iterator[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
-    """Yield the same rows in tables of `ROW_GROUP_ROWS`: readers count row groups by it."""
-    rest = schema.empty_table()
-    for table in chain(tables, [None]):
-        if table is not None:
-            rest = pa.concat_tables([rest, table.replace_schema_metadata(schema.metadata)])
-        whole = len(rest) // ROW_GROUP_ROWS * ROW_GROUP_ROWS if table is not None else len(rest)
-        if whole:
-            yield rest.slice(0, whole)
-        rest = rest.slice(whole)

@@ -1,6 +1,6 @@
-"""What commands write outside the store: new folders, and Parquet files written row by row."""
+"""What commands write: new folders, Parquet files row by row, tables of even size."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -75,3 +75,21 @@ class RowWriter:
             self._partial.replace(self._path)
         else:
             self._partial.unlink()
+
+
+def regroup(tables: Iterable[pa.Table], schema: pa.Schema, rows: int) -> Iterator[pa.Table]:
+    """Yield the same rows in tables of so many each, the last one of fewer.
+
+    Args:
+        tables: Of the schema's columns, whatever their metadata.
+        schema: What the tables that are yielded have.
+        rows: How many a table has.
+    """
+    rest = schema.empty_table()
+    for table in tables:
+        rest = pa.concat_tables([rest, table.replace_schema_metadata(schema.metadata)])
+        while len(rest) >= rows:
+            yield rest.slice(0, rows)
+            rest = rest.slice(rows)
+    if len(rest):
+        yield rest

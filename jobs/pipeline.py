@@ -58,10 +58,11 @@ def check_same_encoder(run: Run, space: VectorSpace) -> None:
     """
     if run.parent is not None and run.parent.encoder != space.encoder:
         theirs = run.store.uri("checkpoints", run.parent.encoder)
+        copy = "" if run.store.is_local else "a local copy of "
         raise FingerprintError(
             f"store {run.store.root} serves embeddings of encoder {run.parent.encoder[:12]}, the "
             f"config names {space.encoder[:12]}: `vitrine reindex` embeds everything with it and "
-            f"switches in one commit; or keep that encoder (encoder.checkpoint: {theirs})"
+            f"switches in one commit; or keep that encoder (encoder.checkpoint: {copy}{theirs})"
         )
 
 

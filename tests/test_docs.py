@@ -1,4 +1,4 @@
-"""The papers hold what they say: commands, options, configurations, the cluster file."""
+"""The papers hold what they say: commands, options, configurations."""
 
 import re
 import shlex
@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
-from ray.autoscaler._private.util import prepare_config, validate_config
 
 from jobs.cli import app
 from jobs.config import JobConfig
@@ -72,35 +71,3 @@ def test_readme_python_compiles():
     assert blocks
     for block in blocks:
         compile(block, "README.md", "exec")
-
-
-@pytest.fixture
-def cluster():
-    return yaml.safe_load((ROOT / "ray_cluster.yaml").read_text(encoding="utf-8"))
-
-
-def test_cluster_file_passes_rays_schema(cluster):
-    validate_config(prepare_config(cluster))
-
-
-def test_cluster_head_takes_no_work(cluster):
-    head = cluster["available_node_types"][cluster["head_node_type"]]
-    assert head["resources"] == {"CPU": 0, "GPU": 0}
-    assert "--num-cpus=0" in " ".join(cluster["head_start_ray_commands"])
-
-
-def test_cluster_workers_start_from_none_and_gpus_are_spot(cluster):
-    nodes = cluster["available_node_types"]
-    workers = {name: node for name, node in nodes.items() if name != cluster["head_node_type"]}
-    assert set(workers) == {"gpu_embed", "cpu_index"}
-    assert {node["min_workers"] for node in workers.values()} == {0}
-    assert workers["gpu_embed"]["resources"]["GPU"] == 1
-    assert workers["gpu_embed"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
-
-
-def test_cluster_nodes_reach_s3_by_their_role(cluster):
-    for node in cluster["available_node_types"].values():
-        assert node["node_config"]["IamInstanceProfile"]["Name"]
-    text = (ROOT / "ray_cluster.yaml").read_text(encoding="utf-8").lower()
-    assert "aws_secret" not in text
-    assert "aws_access_key" not in text

@@ -4,21 +4,27 @@
 
 Reads what `benchmarks/index.py growth --contenders stage --json FILE` kept. Adding, exact search,
 sampling and joining are taken per vector, from the fit's slope; training by its count of
-operations (`IndexSpec.training_gflops`) at the speed that the largest run had. Each index is what
-`IndexSpec.for_catalog` chooses at that size, at the same bytes a vector. Prints Markdown.
+operations (`IndexSpec.training_gflops`) at the speed that the largest run had. What finding a
+vector's list costs among so many is timed here, over random centroids, and takes the place of
+what it cost in the growth runs. Each index is what `IndexSpec.for_catalog` chooses at that size,
+at the same bytes a vector. Prints Markdown; takes some minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 from index_tables import fit, print_table
 
-from indexing.spec import IndexSpec
+from indexing.spec import HNSW_LINKS, IndexSpec
+from indexing.train import HNSW_EF_CONSTRUCTION, HNSW_EF_SEARCH
 from jobs.config import IndexConfig
 from jobs.index import MIN_TRAIN_ROWS, TRAIN_ROWS_A_LIST
 from jobs.index_files import count_partitions
@@ -27,6 +33,7 @@ GROWTH = Path(__file__).resolve().parent / "results" / "index" / "growth.json"
 SIZES = (1_000_000, 100_000_000, 1_000_000_000)
 DIM, BYTES = 256, 72  # as the growth runs had them
 CORES = 64  # of one machine
+TIMED_ROWS = 20_000
 PER_VECTOR = {
     "join": "join the live rows",
     "exact": "exact search",
@@ -45,8 +52,32 @@ def read_rates(growth: Figures, cores: int) -> dict[str, float]:
     }
     spec = IndexSpec.parse(runs[-1]["factory"], DIM)
     train_rows = max(MIN_TRAIN_ROWS, TRAIN_ROWS_A_LIST * spec.nlist)
+    rates["lists"] = time_lists(spec)
     rates["gflops"] = spec.training_gflops(train_rows) / steps[-1]["train"] / cores
     return rates
+
+
+def time_lists(spec: IndexSpec) -> float:
+    """Return the seconds that one core takes to find the lists of a million vectors."""
+    faiss.omp_set_num_threads(1)
+    random = np.random.default_rng(0)
+    centroids = random.normal(size=(spec.nlist, spec.inner_dim)).astype(np.float32)
+    vectors = random.normal(size=(TIMED_ROWS, spec.inner_dim)).astype(np.float32)
+    template = faiss.index_factory(spec.inner_dim, _lists(spec), faiss.METRIC_INNER_PRODUCT)
+    quantizer = faiss.downcast_index(faiss.extract_index_ivf(template).quantizer)
+    if isinstance(quantizer, faiss.IndexHNSW):
+        quantizer.hnsw.efConstruction = HNSW_EF_CONSTRUCTION
+        quantizer.hnsw.efSearch = HNSW_EF_SEARCH
+    faiss.omp_set_num_threads(os.cpu_count() or 1)
+    quantizer.add(centroids)
+    faiss.omp_set_num_threads(1)
+    started = time.perf_counter()
+    quantizer.search(vectors, 1)
+    return (time.perf_counter() - started) / TIMED_ROWS * 1e6
+
+
+def _lists(spec: IndexSpec) -> str:
+    return f"IVF{spec.nlist}" + (f"_HNSW{HNSW_LINKS}" if spec.coarse == "hnsw" else "") + ",Flat"
 
 
 def scale(rows: int, rates: dict[str, float], table_bytes: float) -> Figures:
@@ -57,6 +88,7 @@ def scale(rows: int, rates: dict[str, float], table_bytes: float) -> Figures:
     )
     train_rows = max(MIN_TRAIN_ROWS, TRAIN_ROWS_A_LIST * spec.nlist)
     hours = {name: rates[name] * rows / 1e6 / 3600 for name in PER_VECTOR}
+    hours["add"] += (time_lists(spec) - rates["lists"]) * rows / 1e6 / 3600
     hours["train"] = spec.training_gflops(train_rows) / rates["gflops"] / 3600
     return {
         "factory": spec.factory,

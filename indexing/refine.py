@@ -191,7 +191,7 @@ def stored_blocks(store: RefineStore) -> Blocks:
 
 def kept_blocks(
     store: RefineStore, removed: Int64Array, low: int | None = None, high: int | None = None
-) -> Blocks:
+) -> KeptBlocks:
     """Return the rows of a store that an update keeps, for `write_refine`.
 
     Args:
@@ -201,22 +201,36 @@ def kept_blocks(
         high: Ids from it on are left out; None: none are.
 
     Returns:
-        What can be iterated any number of times, in blocks of some 16 MiB.
+        What can be iterated any number of times, in blocks of some 16 MiB; its length is the
+        number of rows.
     """
-    return _KeptBlocks(store, np.sort(removed), low, high)
+    return KeptBlocks(store, np.unique(removed), low, high)
 
 
 @dataclass(frozen=True)
-class _KeptBlocks:
+class KeptBlocks:
+    """Rows of a store; see `kept_blocks`."""
+
     store: RefineStore
     removed: Int64Array
     low: int | None
     high: int | None
 
-    def __iter__(self) -> Iterator[tuple[Int64Array, UInt8Array]]:
-        ids, codes = self.store.ids, self.store.codes
+    def __len__(self) -> int:
+        """Return how many rows there are."""
+        first, past = self._bounds()
+        gone = _is_in(self.removed, self.store.ids[first:past])
+        return past - first - int(gone.sum())
+
+    def _bounds(self) -> tuple[int, int]:
+        ids = self.store.ids
         first = 0 if self.low is None else _place(ids, self.low)
-        past = len(ids) if self.high is None else _place(ids, self.high)
+        return first, len(ids) if self.high is None else _place(ids, self.high)
+
+    def __iter__(self) -> Iterator[tuple[Int64Array, UInt8Array]]:
+        """Yield ids and codes, a block at a time."""
+        ids, codes = self.store.ids, self.store.codes
+        first, past = self._bounds()
         step = max(1, BLOCK_BYTES // codes.shape[1])
         for start in range(first, past, step):
             block = np.array(ids[start : min(past, start + step)])

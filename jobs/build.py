@@ -133,7 +133,6 @@ def _index_job(
         config=config,
         folder=run.run_id,
         sample_rows=task.config.evaluate.sample_rows,
-        file_rows=task.config.embed.rows_per_file,
         base=entry,
         retrain=tuple(retrain),
         ids=ids,

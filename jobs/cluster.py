@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -65,6 +66,14 @@ CRASHES: tuple[tuple[type[BaseException], str], ...] = (
         f"Ray's object store is full; {GOES_ON}; try a larger ray.object_store_mb",
     ),
 )
+# What says that a task was lost with its process or machine.
+LOST = (
+    exceptions.OutOfMemoryError,
+    exceptions.WorkerCrashedError,
+    exceptions.NodeDiedError,
+    exceptions.ObjectLostError,
+)
+TRIES = 4  # as Ray's own tasks have
 CANNOT_START = (OSError, OverflowError, RuntimeError, ValueError, exceptions.RayError)
 # How Ray quotes our error where an actor's own start raised it: it keeps the words alone.
 QUOTED_ERROR = re.compile(r"^jobs\.(?:errors|storage)\.\w+: (.+)$", re.MULTILINE)
@@ -263,25 +272,37 @@ def run_telling(work: Callable[[Callable[[str], None]], Any]) -> Iterator[Any]:
     yield result.result()
 
 
-def watch(steps: Any, waiting: str, progress: Callable[[str], None]) -> Any:  # noqa: ANN401
-    """Pass on the words of a task that `run_telling` runs; return its result.
+def watch(start: Callable[[], Any], waiting: str, progress: Callable[[str], None]) -> Any:  # noqa: ANN401
+    """Run a task that `run_telling` runs: pass on its words, and return its result.
+
+    A lost task is started again here, `TRIES` times in all. Ray, which counts what a stream
+    yields, would drop the result of a second try that tells fewer words.
 
     Args:
-        steps: The task's references.
+        start: Starts the task, with `max_retries=0`, and returns its references.
         waiting: What to say while no machine has room for the task.
         progress: Called with words.
 
     Raises:
         JobError: See `ray_errors`.
     """
-    value = None
     with ray_errors():
-        if not ray.wait([steps], timeout=2 * WATCH_S)[0]:
-            progress(waiting)
-        for reference in steps:
-            value = ray.get(reference)
-            if isinstance(value, str):
-                progress(value)
+        for _ in range(TRIES - 1):
+            try:
+                return _follow(start(), waiting, progress)
+            except LOST as error:
+                progress(f"try again: {one_line(_crash(error) or error)}")
+        return _follow(start(), waiting, progress)
+
+
+def _follow(steps: Any, waiting: str, progress: Callable[[str], None]) -> Any:  # noqa: ANN401
+    if not ray.wait([steps], timeout=2 * WATCH_S)[0]:
+        progress(waiting)
+    value = None
+    for reference in steps:
+        value = ray.get(reference)
+        if isinstance(value, str):
+            progress(value)
     return value
 
 
@@ -316,20 +337,35 @@ def cluster_cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
-def largest_node_cpus() -> int:
-    """Return the number of CPUs of the machine that has most, at least 1."""
-    return max(1, int(_largest("CPU") or 1))
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What a task may ask one machine for.
+
+    Attributes:
+        memory: In bytes, as Ray counts it.
+    """
+
+    cpus: int
+    memory: int
+    gpus: int
 
 
-def largest_node_memory() -> int | None:
-    """Return the bytes of memory that the machine with most offers; None where none says."""
-    most = _largest("memory")
-    return None if most is None else int(most)
+def find_room(memory: int, *, gpus: int = 0) -> Room:
+    """Return the room of the machine with most CPUs among those that offer some memory.
 
-
-def _largest(resource: str) -> float | None:
-    offered = (node["Resources"].get(resource) for node in ray.nodes() if node["Alive"])
-    return max((one for one in offered if one is not None), default=None)
+    Args:
+        memory: Bytes. Where no machine with a CPU offers so much, that with most is taken, and
+            its memory returned: a task that asks for more would wait for ever.
+        gpus: How many the machine must have, if any has.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node for node in nodes if node.get("CPU", 0) >= 1] or [{"CPU": 1}]
+    nodes = [node for node in nodes if node.get("GPU", 0) >= gpus] or nodes
+    offered = [int(node.get("memory", memory)) for node in nodes]  # a node need not say
+    least = min(memory, max(offered))
+    fit = [node for node, bytes_ in zip(nodes, offered, strict=True) if bytes_ >= least]
+    best = max(fit, key=lambda node: float(node["CPU"]))
+    return Room(cpus=int(best["CPU"]), memory=least, gpus=min(gpus, int(best.get("GPU", 0))))
 
 
 def cluster_gpus() -> int:

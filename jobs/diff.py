@@ -231,7 +231,7 @@ def compare_with_store(
         StoreError: The table or the release can't be read.
     """
     version = store.embeddings_version()
-    rows = max(catalog.images, store.embedding_rows(version))
+    rows = max(catalog.images, sum(store.embedding_counts(version)))
     plan = scan_catalog(catalog, recipe, images, count_buckets(rows, bucket_rows), bucket_rows)
     state = read_state(store, version, encoder, plan.buckets, bucket_rows)
     released = read_released(store, parent, plan.buckets, bucket_rows)

@@ -52,6 +52,7 @@ def release_rows(store: Store, release: Release, bucket_rows: int) -> LiveRows:
     return LiveRows(
         files=[(files[n].start, names[files[n].start : files[n].stop]) for n in kept],
         group_rows=[int(live[n]) for n in kept],
+        file_rows=max(store.embedding_counts(release.embeddings_version), default=0),
         parts=[filled[n] for n in kept],
         vectors=release.vectors,
         products=release.products,

@@ -17,13 +17,20 @@ from indexing.drift import IndexHealth, find_drift
 from indexing.search import SearchPoint
 from indexing.spec import IndexSpec
 from jobs import index_tasks
-from jobs.cluster import gather, largest_node_cpus, watch
+from jobs.cluster import gather, watch
 from jobs.config import IndexConfig
-from jobs.errors import StoreError
-from jobs.files import delete_files
+from jobs.errors import JobError, StoreError
+from jobs.files import delete_files, list_files
 from jobs.index_choice import HELD_OUT_SHARES, check_trainable, choose_spec
-from jobs.index_files import FieldFiles, IndexFile, count_partitions, read_files, read_point
-from jobs.index_memory import add_memory, merge_memory, train_memory
+from jobs.index_files import (
+    FieldFiles,
+    IndexFile,
+    count_partitions,
+    join_files,
+    read_files,
+    read_point,
+)
+from jobs.index_memory import MIB, ask, fill_options, options, train_bytes
 from jobs.index_tasks import Changes, Target
 from jobs.labelled import Labelled
 from jobs.live import Live
@@ -88,7 +95,6 @@ class IndexJob:
     Attributes:
         folder: Below `indexes/`: where files are written.
         sample_rows: Most vectors that are used as queries.
-        file_rows: Most rows of a data file of the embeddings table.
         base: The manifest's entry of the newest release's index in the same vector space.
         retrain: Why it can't be updated; empty if it can.
         ids: The manifest's entry of `ids.parquet`.
@@ -101,7 +107,6 @@ class IndexJob:
     config: IndexConfig
     folder: str
     sample_rows: int
-    file_rows: int
     base: dict[str, Any] | None
     retrain: tuple[str, ...]
     ids: dict[str, Any]
@@ -144,23 +149,27 @@ def build_index(job: IndexJob, progress: Callable[[str], None]) -> BuiltIndex:
     except StorageError:
         raise
     except StoreError as error:  # damaged, or not what its release says: training makes another
-        return _train(job, (f"The newest release's index can't be updated: {error}.",), progress)
+        anew = _train(job, (f"The newest release's index can't be updated: {error}.",), progress)
+        _delete_replaced(job, anew.index)
+        return anew
     before = updated.index.trained
     trained = IndexHealth(**{name: before[name] for name in IndexHealth.__dataclass_fields__})
     drift = find_drift(trained, _health_at(updated.index, before["point"]), job.config.drift)
     if not drift:
         return updated
     anew = _train(job, tuple(drift), progress)
-    _delete_replaced(job, updated.index, anew.index)
+    _delete_replaced(job, anew.index)
     return BuiltIndex(index=anew.index, partials=updated.partials + anew.partials)
 
 
-def _delete_replaced(job: IndexJob, updated: FieldIndex, anew: FieldIndex) -> None:
-    """Delete what an update wrote beside the index that took its place."""
-    kept = {file.file for file in read_files(asdict(anew)).served}
-    written = [file for file in read_files(asdict(updated)).served if file.folder == job.folder]
-    paths = [f"indexes/{file.folder}/{file.file}" for file in written if file.file not in kept]
-    delete_files(job.store, paths)
+def _delete_replaced(job: IndexJob, anew: FieldIndex) -> None:
+    """Delete what an update wrote of this field before the index took its place."""
+    files = read_files(asdict(anew))
+    kept = {file.file for file in (files.template, *files.served)}
+    ours = (f"{job.field.name}.", f"{job.field.name}-")
+    names = [file.path for file in list_files(job.store, "indexes", job.folder)]
+    paths = [path for path in names if path.rpartition("/")[2].startswith(ours)]
+    delete_files(job.store, [path for path in paths if path.rpartition("/")[2] not in kept])
 
 
 def _train(job: IndexJob, reasons: tuple[str, ...], progress: Callable[[str], None]) -> BuiltIndex:
@@ -243,12 +252,24 @@ def _train_template(
     if parts:  # awaited for the report's sake: reading is one step, training another
         ray.wait(parts, num_returns=len(parts), fetch_local=False)
     progress(f"{job.field.name}: train {spec.factory}")
-    cpus = largest_node_cpus() if spec.nlist else 1  # a flat index learns nothing
-    memory = train_memory(spec, min(draw.rows, job.count))
-    task = index_tasks.train.options(num_cpus=cpus, memory=memory)
-    waiting = f"{job.field.name}: wait for a machine with {cpus} free CPUs to train on"
+    return _run_training(target, draw, parts, min(draw.rows, job.count), progress)
+
+
+def _run_training(
+    target: Target, draw: Draw, parts: list[Any], rows: int, progress: Callable[[str], None]
+) -> tuple[IndexFile, str]:
+    spec = target.spec
+    gpus = int(index_tasks.TRAINS_ON_GPUS and spec.nlist > 0)
+    room = ask(
+        f"training {spec.factory}", train_bytes(spec, rows), "a smaller index.train_rows", gpus=gpus
+    )
+    # All CPUs of the machine; a flat index learns nothing.
+    wanted = options(room, most_cpus=None if spec.nlist else 1)
+    cpus, mib = wanted["num_cpus"], room.memory // MIB
     trained: tuple[IndexFile, str] = watch(
-        task.remote(target, draw, cpus, *parts), waiting, progress
+        lambda: index_tasks.train.options(**wanted).remote(target, draw, cpus, *parts),
+        f"{target.field.name}: wait for a machine with {cpus} CPUs and {mib:,} MiB free",
+        progress,
     )
     return trained
 
@@ -258,25 +279,34 @@ def _fill(
 ) -> tuple[FieldFiles, tuple[str, ...]]:
     """Add the live rows, or those that an update brings, and merge them partition by partition."""
     fresh = None if changes is None else ("fresh_first" if job.mark else "fresh")
-    live, spec = job.live.rows, target.spec
+    live = job.live.rows
+    adding, merging = fill_options(
+        target.spec,
+        live,
+        added=job.count if changes is None else changes.added,
+        held=() if changes is None else [part.ntotal for part in changes.base.partitions],
+        columns=len(job.field.columns),
+        partitions=target.partitions,
+    )
     partials: list[Partial] = gather(
         [
-            index_tasks.add.options(
-                memory=add_memory(spec, rows, job.file_rows, target.partitions)
-            ).remote(target, template, files, fresh, *parts)
-            for files, rows, parts in zip(live.files, live.group_rows, live.parts, strict=True)
+            index_tasks.add.options(**adding).remote(target, template, files, fresh, *parts)
+            for files, parts in zip(live.files, live.parts, strict=True)
         ]
     )
-    memory = merge_memory(spec, -(-job.count // target.partitions))
-    merged = gather(
-        [
-            index_tasks.merge.options(memory=memory).remote(
-                target, template, number, changes, *partials
-            )
-            for number in range(target.partitions)
-        ]
+    numbers, codes = range(target.partitions), index_tasks.merge_codes.options(**merging)
+    merged = [codes.remote(target, template, number, changes, *partials) for number in numbers]
+    if target.spec.refine != "none":
+        refine = index_tasks.merge_refine.options(**merging)
+        merged += [refine.remote(target, number, changes, *partials) for number in numbers]
+    try:
+        written: list[tuple[IndexFile, int]] = gather(merged)
+    except JobError:  # the others must not write on beside what takes their place
+        ray.wait(merged, num_returns=len(merged), fetch_local=False)
+        raise
+    files = FieldFiles(
+        spec=target.spec, template=template, partitions=join_files(written, target.partitions)
     )
-    files = FieldFiles(spec=target.spec, template=template, partitions=tuple(merged))
     return files, tuple(partial.key for partial in partials if partial.key)
 
 
@@ -295,7 +325,8 @@ def _update(job: IndexJob, entry: dict[str, Any], progress: Callable[[str], None
             folder=job.folder,
             partitions=max(wanted, len(files.partitions)),
         )
-        changes = Changes(base=files, stale=job.live.stale, mark="first" if job.mark else "all")
+        mark = "first" if job.mark else "all"
+        changes = Changes(base=files, stale=job.live.stale, mark=mark, added=added)
         files, keys = _fill(job, target, files.template, changes)
         action = "updated"
         reasons = (f"{added:,} vectors added, {removed:,} removed; no drift passed its limit.",)

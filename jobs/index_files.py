@@ -127,6 +127,32 @@ def upload_file(store: Store, path: Path, sha256: str, folder: str, name: str) -
     return IndexFile(folder=folder, file=name, sha256=sha256, size_bytes=size)
 
 
+def join_files(written: list[tuple[IndexFile, int]], count: int) -> tuple[PartitionFiles, ...]:
+    """Join the files of partitions.
+
+    Args:
+        written: Of each partition its codes, then, if there are any, of each its refine store:
+            the file, and how many vectors it holds.
+        count: How many partitions there are.
+
+    Raises:
+        StoreError: The two files of a partition hold different numbers of vectors.
+    """
+    codes = written[:count]
+    refines: list[tuple[IndexFile, int] | None] = [*written[count:]] or [None] * count
+    partitions = []
+    for (file, ntotal), refine in zip(codes, refines, strict=True):
+        if refine is not None and refine[1] != ntotal:
+            raise StoreError(
+                f"index {file.folder}/{file.file} holds {ntotal} vectors, its refine store "
+                f"{refine[1]}; `vitrine reindex` builds another from the stored vectors"
+            )
+        partitions.append(
+            PartitionFiles(ntotal=ntotal, codes=file, refine=refine[0] if refine else None)
+        )
+    return tuple(partitions)
+
+
 @contextmanager
 def fetched(store: Store, file: IndexFile) -> Iterator[Path]:
     """Give a local path of a file; what is fetched is deleted after the block.

@@ -60,6 +60,7 @@ from jobs.store import Store, scratch_folder
 from jobs.vectors import Draw, Float32Array, Int64Array, join_sample, read_blocks
 
 TEMPLATE = "template.faiss"
+TRAINS_ON_GPUS = hasattr(faiss, "StandardGpuResources")  # a build of FAISS with GPUs
 BLOCK_ROWS = 65_536
 
 Blocks = Iterator[tuple[Int64Array, npt.NDArray[np.uint8]]]
@@ -94,14 +95,16 @@ class Changes:
     Attributes:
         stale: References to `STALE_DTYPE` rows.
         mark: The flag of those that this index has.
+        added: How many vectors come.
     """
 
     base: FieldFiles
     stale: list[Any]
     mark: str
+    added: int
 
 
-@ray.remote(num_returns="streaming")
+@ray.remote(num_returns="streaming", max_retries=0)  # `jobs.cluster.watch` tries again
 def train(
     target: Target, draw: Draw, threads: int, *parts: tuple[Int64Array, Float32Array]
 ) -> Iterator[Any]:
@@ -130,7 +133,7 @@ def _train(
     key = make_key(repr(target.spec), str(draw.seed), ids.data, sample.data)
     scratch = scratch_folder("train")
     try:
-        name = f"{target.field.name}.{TEMPLATE}"
+        path, name = scratch / TEMPLATE, f"{target.field.name}.{TEMPLATE}"
         partial = find_partial(target.store, key)
         if partial is None:
 
@@ -139,11 +142,13 @@ def _train(
 
             with threadpool_limits(threads):  # BLAS too: the workers' environment gives it one
                 template = train_index(target.spec, sample, seed=draw.seed, progress=progress)
-            path = scratch / TEMPLATE
-            partial = put_partial(target.store, key, [(path, write_index(template, path))], [])
-        with fetched_partial(target.store, partial, TEMPLATE) as (path, sha256):
-            check_file(path, sha256=sha256)
-            return upload_file(target.store, path, sha256, target.folder, name), key
+            sha256 = write_index(template, path)
+            put_partial(target.store, key, [(path, sha256)], [])
+        else:
+            with fetched_partial(target.store, partial, TEMPLATE) as (found, sha256):
+                check_file(found, sha256=sha256)
+                shutil.copyfile(found, path)
+        return upload_file(target.store, path, sha256, target.folder, name), key
     finally:
         shutil.rmtree(scratch)
 
@@ -238,33 +243,67 @@ class _Blocks:
 
 
 @ray.remote(num_cpus=1)
-def merge(
+def merge_codes(
     target: Target,
     template: IndexFile,
     number: int,
     changes: Changes | None,
     *partials: Partial,
-) -> PartitionFiles:
-    """Join one partition of all parts, with what an update keeps of the base; write it.
+) -> tuple[IndexFile, int]:
+    """Join the codes of one partition of all parts, with what an update keeps of the base.
 
     One part is in memory at a time, beside the partition.
+
+    Returns:
+        The written file, and how many vectors it holds.
     """
     faiss.omp_set_num_threads(1)
     scratch = scratch_folder("merge")
     try:
         removed = _removed_ids(changes, number, target.partitions)
-        index = _merge_codes(target, template, number, changes, removed, partials, scratch)
-        path = scratch / f"new-{target.file(number)}"
+        index = _merge_codes(target, template, number, changes, removed, partials)
+        path = scratch / target.file(number)
         sha256 = write_index(index, path)
-        codes = upload_file(target.store, path, sha256, target.folder, target.file(number))
-        refine = None
-        if target.spec.refine != "none":
-            refine = _merge_refine(
-                target, number, changes, removed, partials, scratch, index.ntotal
-            )
-        return PartitionFiles(ntotal=index.ntotal, codes=codes, refine=refine)
+        written = upload_file(target.store, path, sha256, target.folder, path.name)
+        return written, index.ntotal
     finally:
         shutil.rmtree(scratch)
+
+
+@ray.remote(num_cpus=1)
+def merge_refine(
+    target: Target, number: int, changes: Changes | None, *partials: Partial
+) -> tuple[IndexFile, int]:
+    """Join the re-rank stores of one partition, as `merge_codes` does its codes."""
+    kind, dim = target.spec.refine, target.spec.dim
+    scratch = scratch_folder("merge-refine")
+    try:
+        parts, count = _kept_refine(target, number, changes)
+        name = target.file(number, "refine")
+        for partial in partials:
+            if partial.counts[number]:
+                with fetched_partial(target.store, partial, name) as (path, sha256):
+                    store = open_refine(path, kind=kind, dim=dim, sha256=sha256)
+                parts.append(stored_blocks(store))
+                count += partial.counts[number]
+        path = scratch / name
+        sha256 = write_refine(path, kind, dim, parts, count)
+        return upload_file(target.store, path, sha256, target.folder, name), count
+    finally:
+        shutil.rmtree(scratch)
+
+
+def _kept_refine(target: Target, number: int, changes: Changes | None) -> tuple[list[Any], int]:
+    if changes is None:
+        return [], 0
+    base = _base_partition(changes, number, target.partitions).refine
+    if base is None:
+        raise ValueError("the base has no refine store")
+    with fetched(target.store, base) as path:
+        old = open_refine(path, kind=target.spec.refine, dim=target.spec.dim, sha256=base.sha256)
+    removed = _removed_ids(changes, number, target.partitions)
+    kept = kept_blocks(old, removed, *partition_range(number, target.partitions))
+    return [kept], len(kept)
 
 
 def _removed_ids(changes: Changes | None, number: int, partitions: int) -> Int64Array:
@@ -288,7 +327,6 @@ def _merge_codes(
     changes: Changes | None,
     removed: Int64Array,
     partials: tuple[Partial, ...],
-    scratch: Path,
 ) -> faiss.Index:
     store, empty = target.store, open_index(target.store, template, mapped=False)
     index, seal = empty, template_hash(empty)
@@ -303,6 +341,11 @@ def _merge_codes(
                 f"{store.uri('indexes', base.codes.folder, base.codes.file)} doesn't fit its "
                 f"release ({error}); `vitrine reindex` builds another from the stored vectors"
             ) from error
+        if template_hash(index) != seal:
+            raise StoreError(
+                f"{store.uri('indexes', base.codes.folder, base.codes.file)} stems from another "
+                f"template than {template.file} of its release"
+            )
     for partial in partials:
         if partial.counts[number]:
             name = target.file(number)
@@ -314,32 +357,3 @@ def _merge_codes(
     except ValueError as error:
         raise StoreError(f"the parts of index {target.field.name} overlap: {error}") from error
     return index
-
-
-def _merge_refine(
-    target: Target,
-    number: int,
-    changes: Changes | None,
-    removed: Int64Array,
-    partials: tuple[Partial, ...],
-    scratch: Path,
-    count: int,
-) -> IndexFile:
-    kind, dim = target.spec.refine, target.spec.dim
-    parts: list[Any] = []
-    if changes is not None:
-        base = _base_partition(changes, number, target.partitions).refine
-        if base is None:
-            raise ValueError("the base has no refine store")
-        low, high = partition_range(number, target.partitions)
-        with fetched(target.store, base) as path:
-            old = open_refine(path, kind=kind, dim=dim, sha256=base.sha256)
-        parts.append(kept_blocks(old, removed, low, high))
-    name = target.file(number, "refine")
-    for partial in partials:
-        if partial.counts[number]:
-            with fetched_partial(target.store, partial, name) as (path, sha256):
-                parts.append(stored_blocks(open_refine(path, kind=kind, dim=dim, sha256=sha256)))
-    path = scratch / f"new-{name}"
-    sha256 = write_refine(path, kind, dim, parts, count)
-    return upload_file(target.store, path, sha256, target.folder, name)

@@ -57,6 +57,7 @@ class LiveRows:
     Attributes:
         files: Of each group of data files: the number of the first one, and their names.
         group_rows: How many live rows each group has.
+        file_rows: How many rows, live or not, the largest data file of the table has.
         parts: [group of files][bucket] references to `LIVE_DTYPE` rows.
         vectors: How many rows are live.
         products: How many products have a live row.
@@ -66,6 +67,7 @@ class LiveRows:
 
     files: list[tuple[int, list[str]]] = field(repr=False)
     group_rows: list[int] = field(repr=False)
+    file_rows: int
     parts: Parts = field(repr=False)
     vectors: int
     products: int
@@ -135,8 +137,8 @@ def join_live(
             lost them before they were embedded.
         StoreError: The table or the release can't be read.
     """
-    names = store.embedding_files(version)
-    groups = make_groups(len(names), store.embedding_rows(version), bucket_rows)
+    names, counts = store.embedding_files(version), store.embedding_counts(version)
+    groups = make_groups(len(names), sum(counts), bucket_rows)
     starts = np.array([group.start for group in groups], np.int64)
     state = read_state(store, version, encoder, plan.buckets, bucket_rows)
     released = read_released(store, parent, plan.buckets, bucket_rows)
@@ -161,6 +163,7 @@ def join_live(
     rows = LiveRows(
         files=[(groups[n].start, names[groups[n].start : groups[n].stop]) for n in kept],
         group_rows=[int(by_group[n]) for n in kept],
+        file_rows=max(counts, default=0),
         parts=[parts[n] for n in kept],
         vectors=live,
         products=sum(one.products for one in found),

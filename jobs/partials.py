@@ -120,7 +120,12 @@ def fetched_partial(store: Store, partial: Partial, name: str) -> Iterator[tuple
     address = store.uri(PARTIALS, partial.key, name)
     scratch = scratch_folder("part")
     try:
-        yield store.local_copy(scratch, PARTIALS, partial.key, name), partial.file(name).sha256
+        sha256 = partial.file(name).sha256
+        path = store.local_copy(scratch, PARTIALS, partial.key, name)
+        with storage_errors(address, "read"):
+            yield path, sha256
+    except KeyError as error:
+        raise _leave_out(store, partial, f"{address} is not in its record") from error
     except StoreError as error:
         if not isinstance(error.__cause__, FileNotFoundError):  # a full disk harms no part
             raise

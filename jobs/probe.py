@@ -25,9 +25,10 @@ from indexing.tune import (
 )
 from indexing.update import quantization_error
 from jobs.buckets import Records
-from jobs.cluster import cluster_cpus, gather, gather_bounded, largest_node_cpus
+from jobs.cluster import cluster_cpus, gather, gather_bounded
 from jobs.ids_table import Ids
 from jobs.index_files import FieldFiles, in_partition, open_partition, partition_range
+from jobs.index_memory import ask, options, search_bytes
 from jobs.labelled import Labelled
 from jobs.live import Live
 from jobs.storage import machine_cache
@@ -163,51 +164,55 @@ class Probe:
         spans = gather([_span.remote(rows) for rows in self.queries.live.buckets])
         count, own = len(files.partitions), self.queries.ids
 
-        def submit(number: int) -> Any:  # noqa: ANN401
+        def live_in(number: int) -> tuple[Any, ...]:
             first, last = partition_range(number, count)
             inside = [
                 rows
                 for rows, span in zip(self.queries.live.buckets, spans, strict=True)
                 if span is not None and span[0] < last and span[1] >= first
             ]
-            task = (self.store, files, number, own, self.asked, self.queries.sampled)
-            return _on_cpus(_sweep, *task, (inside, self.queries.mark))
+            return own, (inside, self.queries.mark)
 
-        joined: Swept = reduce(Swept.join, self._each(files, submit))
+        joined: Swept = reduce(Swept.join, self._each(files, _sweep, live_in))
         return joined
 
     def examine(self, files: FieldFiles, points: list[SearchPoint], best: SearchPoint) -> Examined:
         """Time each point of a curve, and search: what is found depends on no clock."""
-
-        def submit(number: int) -> Any:  # noqa: ANN401
-            task = (self.store, files, number, self.asked, self.queries.sampled)
-            return _on_cpus(_examine, *task, points, best, self.depth)
-
-        joined: Examined = reduce(Examined.join, self._each(files, submit))
+        parts = self._each(files, _examine, lambda _: (points, best, self.depth))
+        joined: Examined = reduce(Examined.join, parts)
         return joined
 
     def search(self, files: FieldFiles, point: SearchPoint) -> Found:
         """Search all partitions at one point with the sampled queries, themselves included."""
-
-        def submit(number: int) -> Any:  # noqa: ANN401
-            return _on_cpus(
-                _search, self.store, files, number, self.asked, self.queries.sampled, point
-            )
-
-        found: Found = reduce(
-            lambda one, other: merge_topk([one, other], MEASURED_K), self._each(files, submit)
-        )
+        parts = self._each(files, _search, lambda _: (point,))
+        found: Found = reduce(lambda one, other: merge_topk([one, other], MEASURED_K), parts)
         return found
 
-    def _each(self, files: FieldFiles, submit: Callable[[int], Any]) -> Iterator[Any]:
-        """Yield what a task a partition returns; few of them are held at once."""
+    def _each(
+        self,
+        files: FieldFiles,
+        task: Any,  # noqa: ANN401
+        more: Callable[[int], tuple[Any, ...]],
+    ) -> Iterator[Any]:
+        """Yield what a task a partition returns; few of them are held at once.
+
+        Args:
+            files: The index.
+            task: Takes threads, store, files, a partition's number, queries, and how many of them
+                are sampled.
+            more: What it takes beside these, by the partition's number.
+        """
+        taken = search_bytes(files.spec, max(part.ntotal for part in files.partitions))
+        room = ask("searching a partition", taken, "a smaller index.max_partition_vectors")
+        wanted = options(room, most_cpus=MAX_THREADS)
+
+        def submit(number: int) -> Any:  # noqa: ANN401
+            first = (wanted["num_cpus"], self.store, files, number)
+            queries = (self.asked, self.queries.sampled)
+            return task.options(**wanted).remote(*first, *queries, *more(number))
+
         numbers = range(len(files.partitions))
         return gather_bounded(submit, numbers, in_flight=2 * cluster_cpus())
-
-
-def _on_cpus(task: Any, *args: Any) -> Any:  # noqa: ANN401
-    cpus = min(MAX_THREADS, largest_node_cpus())
-    return task.options(num_cpus=cpus).remote(cpus, *args)
 
 
 @ray.remote(num_cpus=1)
@@ -223,9 +228,9 @@ def _sweep(
     store: Store,
     files: FieldFiles,
     number: int,
-    own: Int64Array,
     asked: Float32Array,
     sampled: int,
+    own: Int64Array,
     live: tuple[list[Any], str | None],
 ) -> Swept:
     """Search one partition at every point, and compare its ids with the live ones."""

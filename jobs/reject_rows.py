@@ -129,7 +129,7 @@ def find_rows(
     Raises:
         StoreError: A data file is missing or damaged; the pages raise it too.
     """
-    buckets = count_buckets(store.embedding_rows(version), bucket_rows)
+    buckets = count_buckets(sum(store.embedding_counts(version)), bucket_rows)
     parts = read_state(store, version, encoder, buckets, bucket_rows)
     calls = [_select.remote(query, retry, *part) for part in parts]
     counts: Counts = {UPSERT: Counter(), REJECT: Counter()}

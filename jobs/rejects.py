@@ -109,7 +109,7 @@ def open_rejects(config: JobConfig, query: RejectQuery) -> Iterator[RejectList]:
     """
     store = Store(config.store)
     release, version = store.current_release(), store.embeddings_version()
-    if version is None or not store.embedding_rows(version):
+    if version is None or not sum(store.embedding_counts(version)):
         yield _describe(release, None, query, {UPSERT: Counter(), REJECT: Counter()}, iter(()))
         return
     with ray_session(config.ray):

@@ -70,7 +70,7 @@ def read_state(
         [bucket][group of files] references to `STATE_DTYPE` rows; see `newest_rows`.
     """
     files = store.embedding_files(version)
-    groups = make_groups(len(files), store.embedding_rows(version), bucket_rows)
+    groups = make_groups(len(files), sum(store.embedding_counts(version)), bucket_rows)
     named = [(group.start, files[group.start : group.stop]) for group in groups]
     heads, parts = scatter(_read_state, named, buckets, store, encoder)
     gather(heads)

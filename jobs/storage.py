@@ -187,9 +187,15 @@ def machine_cache() -> Path:
 
     `checkpoints/<fingerprint>` are remote stores' encoders, `ids/<sha256>.arrow` the ids of
     releases.
+
+    Raises:
+        StoreError: It can't be made, or is another user's.
     """
     folder = Path(tempfile.gettempdir()) / f"vitrine-cache-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with storage_errors(str(folder), "written"):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise PermissionError("it belongs to another user")
     return folder
 
 

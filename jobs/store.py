@@ -236,13 +236,13 @@ class Store:
         """
         return sorted(self._embedding_actions(version, "path"))
 
-    def embedding_rows(self, version: int | None) -> int:
-        """Count the rows of a version of the embeddings table: all that were appended.
+    def embedding_counts(self, version: int | None) -> list[int]:
+        """Count the rows of each data file of a version of the embeddings table.
 
         Raises:
             StoreError: The table can't be read.
         """
-        return sum(self._embedding_actions(version, "num_records"))
+        return self._embedding_actions(version, "num_records")
 
     def _embedding_actions(self, version: int | None, column: str) -> list[Any]:
         if version is None:

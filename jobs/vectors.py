@@ -62,7 +62,11 @@ def read_blocks(
 def _read_file(store: Store, file: str, field: VectorField, rows: Records) -> Float32Array:
     columns = [f"{name}_embedding" for name in field.columns]
     table = read_data_file(store, file, columns)
-    vectors = _fuse(field, [_unit_rows(table[name], rows["row"]) for name in columns])
+    try:
+        parts = [_unit_rows(table[name], rows["row"]) for name in columns]
+    except ValueError as error:
+        raise StoreError(f"{store.uri('embeddings', file)} is damaged: {error}") from error
+    vectors = _fuse(field, parts)
     missing = np.isnan(vectors).any(axis=1)
     if vectors.shape[1] != field.dim or missing.any():
         raise StoreError(
@@ -79,10 +83,12 @@ def _unit_rows(column: pa.ChunkedArray, rows: npt.NDArray[np.int32]) -> Float32A
     there = lists.is_valid().to_numpy(zero_copy_only=False)
     values = lists.flatten().to_numpy(zero_copy_only=False)
     dim = len(values) // max(1, int(there.sum()))
+    if (np.diff(lists.offsets.to_numpy())[there] != dim).any():
+        raise ValueError(f"vectors of different dimensions, {dim} on average")
     if not dim:
         return np.empty((len(rows), 0), np.float32)
     places = np.cumsum(there)[rows] - 1  # a null has no values
-    vectors: Float32Array = values.reshape(-1, dim)[places]
+    vectors: Float32Array = values.reshape(-1, dim)[places].astype(np.float32, copy=False)
     vectors[~there[rows]] = np.nan
     # Float16 rounding moved them a little. Summed row by row: the same wherever a row lies.
     vectors /= np.sqrt(np.square(vectors).sum(axis=1, keepdims=True))

@@ -157,6 +157,7 @@ def test_an_updated_store_is_one_written_afresh(kind, block_bytes, tmp_path, mon
     removed = np.append(IDS[changed], 2**61)
     for bounds in ((low, high), (low, None), (None, 2**63), (None, None)):
         rows = np.concatenate([ids for ids, _ in kept_blocks(old, removed, *bounds)])
+        assert len(kept_blocks(old, removed, *bounds)) == len(rows)
         first, past = bounds[0] or 0, bounds[1] or 2**63
         assert sorted(rows) == sorted(
             IDS[n] for n in range(70) if n not in changed and first <= int(IDS[n]) < past

@@ -102,7 +102,7 @@ def test_a_task_tells_its_newest_words_and_then_its_result(own_ray):
         return "result", 1
 
     words = []
-    assert watch(tell_and.remote(work), "wait", words.append) == ("result", 1)
+    assert watch(lambda: tell_and.remote(work), "wait", words.append) == ("result", 1)
     assert words == ["half"]
 
 
@@ -111,16 +111,37 @@ def test_a_telling_task_that_fails_or_dies(own_ray):
         raise StoreError("it is damaged")
 
     with pytest.raises(StoreError, match=r"^it is damaged$"):
-        watch(tell_and.remote(fail), "wait", print)
+        watch(lambda: tell_and.remote(fail), "wait", print)
     with pytest.raises(JobError, match="worker process died"):
-        watch(tell_and.remote(lambda tell: os.kill(os.getpid(), signal.SIGKILL)), "wait", print)
+        watch(
+            lambda: tell_and.remote(lambda tell: os.kill(os.getpid(), signal.SIGKILL)),
+            "wait",
+            print,
+        )
+
+
+def test_a_telling_task_that_was_lost_is_done_again(own_ray, tmp_path):
+    """Also where the second try tells fewer words than the first."""
+
+    def work(tell):
+        tell("begun")
+        if not (tmp_path / "tried").exists():
+            (tmp_path / "tried").touch()
+            time.sleep(WATCH_S + 1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "result", 1
+
+    words = []
+    assert watch(lambda: tell_and.remote(work), "wait", words.append) == ("result", 1)
+    assert words[0] == "begun"
+    assert words[1].startswith("try again: a Ray worker process died")
 
 
 def test_who_waits_for_cpus_says_so(own_ray):
     busy, words = [hold.remote() for _ in range(max(2, os.cpu_count() or 2))], []
     ray.wait(busy, num_returns=1, timeout=1)
     task = tell_and.remote(lambda tell: ("result", 1))
-    assert watch(task, "wait for a machine", words.append) == ("result", 1)
+    assert watch(lambda: task, "wait for a machine", words.append) == ("result", 1)
     assert words == ["wait for a machine"]
 
 

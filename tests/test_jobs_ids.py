@@ -37,7 +37,7 @@ def write_live(catalog, ids, store, buckets):
     parts = split_by_bucket(rows, buckets)
     live = Live(
         rows=LiveRows(
-            files=[], group_rows=[], parts=[], vectors=len(ids),
+            files=[], group_rows=[], file_rows=0, parts=[], vectors=len(ids),
             products=2, rejected=0, most_images=IMAGES,
         ),
         buckets=[ray.put(part) for part in parts],
@@ -310,6 +310,13 @@ def test_the_cache_of_a_machine_is_its_users_own(tmp_path, monkeypatch):
     assert [path.stat().st_mode & 0o777 for path in (table.cache, table.cache.parent)] == [
         0o700
     ] * 2
+
+
+def test_the_cache_of_another_user_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / f"vitrine-cache-{os.getuid()}").write_text("no folder")
+    with pytest.raises(StoreError, match="can't be written"):
+        machine_cache()
 
 
 def test_what_nobody_opens_leaves_the_cache(tmp_path):

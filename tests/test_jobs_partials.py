@@ -25,6 +25,26 @@ def store(tmp_path):
     return Store(str(tmp_path / "store"))
 
 
+def test_a_part_that_its_record_lacks_is_left_out(store, tmp_path):
+    partial = put_one(store, tmp_path)
+    with (
+        pytest.raises(StoreError, match="is not in its record; it is left out now"),
+        fetched_partial(store, partial, "1.index"),
+    ):
+        pass
+    assert find_partial(store, KEY) is None
+
+
+def test_a_file_that_vanishes_while_it_is_read_is_left_out(store, tmp_path):
+    partial = put_one(store, tmp_path)
+    with (
+        pytest.raises(StoreError, match="is missing; it is left out now"),
+        fetched_partial(store, partial, "0.index") as (path, sha256),
+    ):
+        check_file(path.rename(tmp_path / "else").with_name("gone"), sha256=sha256)
+    assert find_partial(store, KEY) is None
+
+
 def put_one(store, folder):
     path = folder / "0.index"
     path.write_bytes(b"lists")

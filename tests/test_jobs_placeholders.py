@@ -34,6 +34,7 @@ def test_counts_are_exact_over_any_buckets(local_ray, tmp_path, buckets):
         rows=LiveRows(
             files=[],
             group_rows=[],
+            file_rows=0,
             parts=[],
             vectors=len(rows),
             products=1,

@@ -195,9 +195,9 @@ def test_index_that_does_not_hold_what_its_release_says(local_ray, store, index)
     base = FieldFiles(spec=spec, template=index, partitions=(partition,))
     field = VectorField(name="image", dim=16, fusion=FusionSpec())
     target = Target(store=store, field=field, spec=spec, folder="next", partitions=1)
-    changes = Changes(base=base, stale=[ray.put(stale)], mark="all")
+    changes = Changes(base=base, stale=[ray.put(stale)], mark="all", added=0)
     with pytest.raises(StoreError, match=r"image\.faiss doesn't fit its release .*reindex"):
-        index_tasks.merge._function(target, index, 0, changes)
+        index_tasks.merge_codes._function(target, index, 0, changes)
 
 
 def test_damaged_ids_are_one_line(store, tmp_path):
@@ -218,7 +218,7 @@ def test_damaged_delta_log_is_one_line(store, table):
     reads = {
         "embeddings": (
             lambda: store.embedding_files(1),
-            lambda: store.embedding_rows(0) or store.embeddings_version(),
+            lambda: sum(store.embedding_counts(0)) or store.embeddings_version(),
             lambda: store.commit_embeddings([DataFile("x.parquet", 1, 1)]),
         ),
         "releases": (store.releases,),

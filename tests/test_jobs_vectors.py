@@ -228,6 +228,17 @@ def test_a_fused_field_is_computed_from_what_is_stored(tmp_path):
     assert list(read_blocks(store, field, (0, [file.path]), rows[:0])) == []
 
 
+def test_vectors_of_several_dimensions_are_damage(tmp_path):
+    """Even if they average out."""
+    store, random = Store(str(tmp_path)), np.random.default_rng(0)
+    image = [unit_rows(random, 1, 3)[0], unit_rows(random, 1, 13)[0]]
+    file = write_vectors(store, [1, 2], image, [None, None])
+    field = VectorField(name="image", dim=8, fusion=FusionSpec())
+    rows = make_live({"vector_id": 1, "row": 0}, {"vector_id": 2, "row": 1})
+    with pytest.raises(StoreError, match="is damaged: vectors of different dimensions"):
+        list(read_blocks(store, field, (0, [file.path]), rows))
+
+
 def test_a_text_field_takes_the_first_rows_alone(tmp_path):
     store, text = Store(str(tmp_path)), unit_rows(np.random.default_rng(0), 2, 8)
     file = write_vectors(store, [1, 2], [None, None], list(text))
@@ -264,6 +275,7 @@ def test_exact_search_goes_through_all_files(tmp_path):
     rows = LiveRows(
         files=[(0, files[:1]), (1, files[1:])],
         group_rows=[3, 3],
+        file_rows=3,
         parts=[[ray.put(make_live(*places[:2])), ray.put(make_live(places[2]))],
                [ray.put(make_live(*places[3:]))]],
         vectors=6, products=6, rejected=0, most_images=1,

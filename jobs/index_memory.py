@@ -17,6 +17,7 @@ PROCESS_BYTES = 512 * MIB
 DOUBLED = 2  # FAISS's lists double when they are full
 COPIES = 3  # of a data file's vectors: as Parquet gives them, those that are live, their squares
 BLOCK_BYTES = 192 * MIB  # of `indexing.build.append_vectors`: rotated in float64, and as float32
+SEARCH_BYTES = 192 * MIB  # lookup tables, candidates, and what a sweep's points found
 ID_BYTES = 24  # a vector: ids that are copied and sorted to be compared
 _log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def merge_bytes(spec: IndexSpec, rows: int) -> int:
 def search_bytes(spec: IndexSpec, rows: int) -> int:
     """Return what searching a partition of so many vectors takes, mapped where it can be."""
     held = spec.memory_bytes(rows if spec.is_fastscan else 0)
-    return PROCESS_BYTES + held + ID_BYTES * rows
+    return PROCESS_BYTES + SEARCH_BYTES + held + ID_BYTES * rows
 
 
 def fill_options(

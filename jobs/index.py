@@ -247,12 +247,13 @@ def _train_template(
         salt=f"train/{job.field.name}",
         held_out=(_measure_salt(job), held) if spec.nlist else None,
     )
-    progress(f"{job.field.name}: sample up to {min(draw.rows, job.count):,} rows to train on")
+    rows = min(draw.rows, job.count)
     parts = sample_vectors(job.store, job.field, job.live.rows, draw)
-    if parts:  # awaited for the report's sake: reading is one step, training another
+    if parts:  # awaited to be told: reading is one step, training another
+        progress(f"{job.field.name}: sample up to {rows:,} rows to train on")
         ray.wait(parts, num_returns=len(parts), fetch_local=False)
     progress(f"{job.field.name}: train {spec.factory}")
-    return _run_training(target, draw, parts, min(draw.rows, job.count), progress)
+    return _run_training(target, draw, parts, rows, progress)
 
 
 def _run_training(

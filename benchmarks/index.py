@@ -28,12 +28,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from index_data import count_vectors, find_exact, make_synthetic
 from index_probe import TUNING_QUERIES, K
 from index_tables import compare_times, print_growth, print_memory, print_results, print_specs
+from runs import Figures, keep_median, make_environment
 
 from indexing.metrics import intersection_at_k
 from indexing.spec import ID_BYTES, IndexSpec
@@ -43,7 +43,6 @@ AUTOFAISS = ("autofaiss==2.18.0", "numpy<2", "faiss-cpu==1.11.*", "pyarrow<22")
 TRAIN_ROWS, TRAIN_ROWS_PER_LIST = 65_536, 64  # as the index stage draws them
 KINDS = {"mnist": 60_000, "synthetic": 1_000_000, "synthetic-small": 200_000}  # rows
 CONTENDERS = ("plain", "cores", "stage", "autofaiss")
-Figures = dict[str, Any]
 
 
 def run_step(script: list[str], step: str, task: Figures) -> Figures:
@@ -74,7 +73,10 @@ def run_contender(name: str, arguments: argparse.Namespace, task: Figures) -> Fi
             script = [sys.executable, str(HERE / "index_stage.py")]
         own = task | {"folder": folder}
         if name == "autofaiss":
-            script = [str(make_autofaiss(arguments.work)), str(HERE / "autofaiss_run.py")]
+            script = [
+                str(make_environment(arguments.work / "autofaiss", AUTOFAISS)),
+                str(HERE / "autofaiss_run.py"),
+            ]
             budget = budget_bytes(arguments, task["rows"])
             own |= {"index_bytes": budget, "memory_bytes": arguments.memory_bytes}
         built = run_step(script, "build", own)
@@ -117,23 +119,7 @@ def run_medians(arguments: argparse.Namespace, task: Figures) -> list[Figures]:
         for name in arguments.contenders:
             if number == 0 or name != "autofaiss":
                 runs[name].append(run_contender(name, arguments, task))
-    kept = []
-    for own in runs.values():
-        own.sort(key=lambda run: float(run["build_s"]))
-        all_s = [run["build_s"] for run in own]
-        kept.append(own[(len(own) - 1) // 2] | {"all_build_s": all_s})
-    return kept
-
-
-def make_autofaiss(work: Path) -> Path:
-    """Make autofaiss's own environment, if it isn't there; return its python."""
-    python = work / "autofaiss" / "bin" / "python"
-    done = work / "autofaiss" / "installed"
-    if not done.exists():
-        subprocess.run([sys.executable, "-m", "venv", work / "autofaiss"], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *AUTOFAISS], check=True)
-        done.touch()
-    return python
+    return [keep_median(own, "build_s") for own in runs.values()]
 
 
 def make_task(arguments: argparse.Namespace, rows: int, factory: str | None) -> Figures:

@@ -15,7 +15,7 @@ import ray
 
 from indexing.build import list_sizes, stored_ids
 from indexing.metrics import recall_at_k
-from indexing.search import SearchPoint, group_by_product, merge_topk, search_partition
+from indexing.search import Partition, SearchPoint, group_by_product, merge_topk, search_partition
 from indexing.spec import IndexSpec
 from indexing.tune import (
     model_costs,
@@ -76,6 +76,21 @@ class Queries:
         for kind in (slice(self.sampled), slice(self.sampled, None)):
             gaps[kind] |= not gaps[kind].any()
         return gaps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One partition of an index, as a task searches it on some threads."""
+
+    store: Store
+    files: FieldFiles
+    number: int
+    threads: int
+
+    def open(self) -> Partition:
+        """Open it in this process, whose FAISS uses so many threads then."""
+        faiss.omp_set_num_threads(self.threads)
+        return open_partition(self.store, self.files.spec, self.files.partitions[self.number])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,8 +213,7 @@ class Probe:
 
         Args:
             files: The index.
-            task: Takes threads, store, files, a partition's number, queries, and how many of them
-                are sampled.
+            task: Takes a part, the queries, and how many of them are sampled.
             more: What it takes beside these, by the partition's number.
         """
         taken = search_bytes(files.spec, max(part.ntotal for part in files.partitions))
@@ -207,9 +221,10 @@ class Probe:
         wanted = options(room, most_cpus=MAX_THREADS)
 
         def submit(number: int) -> Any:  # noqa: ANN401
-            first = (wanted["num_cpus"], self.store, files, number)
+            threads: int = wanted["num_cpus"]
+            part = Part(store=self.store, files=files, number=number, threads=threads)
             queries = (self.asked, self.queries.sampled)
-            return task.options(**wanted).remote(*first, *queries, *more(number))
+            return task.options(**wanted).remote(part, *queries, *more(number))
 
         numbers = range(len(files.partitions))
         return gather_bounded(submit, numbers, in_flight=2 * cluster_cpus())
@@ -224,19 +239,15 @@ def _span(rows: Records) -> tuple[int, int] | None:
 
 @ray.remote
 def _sweep(
-    threads: int,
-    store: Store,
-    files: FieldFiles,
-    number: int,
+    part: Part,
     asked: Float32Array,
     sampled: int,
     own: Int64Array,
     live: tuple[list[Any], str | None],
 ) -> Swept:
     """Search one partition at every point, and compare its ids with the live ones."""
-    faiss.omp_set_num_threads(threads)
-    partition = open_partition(store, files.spec, files.partitions[number])
-    largest = max(part.ntotal for part in files.partitions)
+    partition, files = part.open(), part.files
+    largest = max(one.ntotal for one in files.partitions)
     found = sweep_partition(
         partition,
         asked,
@@ -246,7 +257,7 @@ def _sweep(
         max_nprobe=_widest(files.spec, largest, len(asked)),
     )
     ids = stored_ids(partition.index)
-    missing, extra = _compare_ids(ids, *live, (number, len(files.partitions)))
+    missing, extra = _compare_ids(ids, *live, (part.number, len(files.partitions)))
     return Swept(
         found=found,
         costs=model_costs(partition, found, MEASURED_K),
@@ -287,18 +298,14 @@ def _ends(ids: Int64Array) -> Int64Array:
 
 @ray.remote
 def _examine(
-    threads: int,
-    store: Store,
-    files: FieldFiles,
-    number: int,
+    part: Part,
     asked: Float32Array,
     sampled: int,
     points: list[SearchPoint],
     best: SearchPoint,
     depth: int,
 ) -> Examined:
-    faiss.omp_set_num_threads(threads)
-    partition = open_partition(store, files.spec, files.partitions[number])
+    partition = part.open()
     ours, labelled = asked[:sampled], asked[sampled:]
     return Examined(
         times=[time_point(partition, ours, MEASURED_K, point) for point in points],
@@ -311,16 +318,12 @@ def _examine(
 
 @ray.remote
 def _search(
-    threads: int,
-    store: Store,
-    files: FieldFiles,
-    number: int,
+    part: Part,
     asked: Float32Array,
     sampled: int,
     point: SearchPoint,
 ) -> Found:
-    faiss.omp_set_num_threads(threads)
-    partition = open_partition(store, files.spec, files.partitions[number])
+    partition = part.open()
     return search_partition(partition, asked[:sampled], MEASURED_K, point)
 
 

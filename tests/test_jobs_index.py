@@ -331,6 +331,17 @@ def test_a_damaged_base_is_replaced_not_obeyed(local_ray, tmp_path):
     assert partition.index.ntotal == ROWS
 
 
+def test_a_base_of_another_template_is_replaced(local_ray, tmp_path):
+    store = Store(str(tmp_path))
+    ids, _ = make_table(store)
+    before = make_live(store, ids[:-200])
+    old, other = build(store, before, "old"), build(store, before, "other", IndexConfig(seed=1))
+    base = entry(old) | {"template": entry(other)["template"]}
+    new = build(store, with_release(make_live(store, ids), ids[:-200]), "new", base=base)
+    assert (new.action, new.ntotal, new.measured.missing) == ("trained", ROWS, 0)
+    assert "image.faiss stems from another template than image.template.faiss" in new.reasons[0]
+
+
 def unit(vectors):
     """What the table gives back of vectors."""
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -39,11 +39,8 @@ import pyarrow.parquet as pq
 import torch
 from towers import REPOSITORY, SHARED, minilm_folder
 
-from encoders.checkpoint import (
-    load_encoder,
-    load_tokenizers,
-    read_checkpoint_config,
-)
+from encoders.checkpoint import load_encoder, load_tokenizers
+from encoders.checkpoint_files import read_checkpoint_config
 from encoders.create import create_checkpoint, create_start
 from encoders.fusion import FusionSpec, fuse_stored
 from encoders.spec import EncoderSpec

@@ -31,7 +31,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from encoders.checkpoint import load_encoder, load_tokenizers, read_checkpoint_config
+from encoders.checkpoint import load_encoder, load_tokenizers
+from encoders.checkpoint_files import read_checkpoint_config
 from encoders.create import create_start
 from encoders.fusion import fuse, fuse_products
 from encoders.spec import EncoderSpec

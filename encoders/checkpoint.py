@@ -5,29 +5,33 @@ Face text tower's own config and tokenizer lie in a folder beside it. So loading
 registry of models nor a network. encoder.json is written last: without it there is no checkpoint.
 """
 
-import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from encoders.encoder import Encoder, MsrEncoder, OpenClipEncoder
-from encoders.fusion import FusionSpec
+from encoders.checkpoint_files import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    HF_KEYS,
+    WEIGHTS_FILE,
+    CheckpointConfig,
+    checkpoint_files,
+    fingerprint,
+    read_checkpoint_config,
+)
+from encoders.encoder import Encoder, MsrEncoder, OpenClipEncoder, round_weights
 from encoders.msr import MsrModel
 from encoders.preprocess import TokenizeTexts, join_tokenizers, load_tokenizer
 from encoders.spec import (
     ModelConfig,
-    PreprocessSpec,
-    check_file,
-    check_model_config,
     context_length,
     image_size_px,
-    read_json,
 )
 from encoders.towers import build_model, build_text_tower
 from encoders.weights import (
@@ -36,42 +40,6 @@ from encoders.weights import (
     load_exactly,
     read_tensors,
 )
-
-CONFIG_FILE = "encoder.json"
-WEIGHTS_FILE = "model.safetensors"
-
-_FORMAT_VERSION = 2
-_KINDS = ("open_clip", "msr")
-_HF_KEYS = ("hf_model_name", "hf_tokenizer_name")
-_CHUNK_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """What an encoder is, without its weights.
-
-    Attributes:
-        model_config: An open_clip model config; the paths in it are absolute.
-        preprocess: The image tower's preprocessing.
-        fusion: How its vectors are fused; any kind but "sum" is an MSR encoder.
-        text_config: The open_clip `text_cfg` of an msr4 encoder's fourth tower.
-    """
-
-    model_config: ModelConfig
-    preprocess: PreprocessSpec
-    fusion: FusionSpec = field(default_factory=FusionSpec)
-    text_config: ModelConfig | None = None
-
-    @property
-    def dim(self) -> int:
-        """D of the vectors that are stored."""
-        dim = int(self.model_config["embed_dim"])
-        return 2 * dim if self.fusion.kind == "mlp" and self.text_config is not None else dim
-
-    @property
-    def is_msr(self) -> bool:
-        """Whether the model is an MSR model."""
-        return self.fusion.kind != "sum"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +73,7 @@ def save_checkpoint(model: torch.nn.Module, config: CheckpointConfig, directory:
     text_config = json.loads(_to_json(config.text_config or {}))
     text_config = _keep_hf_files(text_config, root, "query-text") or None
     header = {
-        "format_version": _FORMAT_VERSION,
+        "format_version": FORMAT_VERSION,
         "kind": "msr" if config.is_msr else "open_clip",
         "model_config": model_config,
         "preprocess": asdict(config.preprocess),
@@ -119,35 +87,6 @@ def save_checkpoint(model: torch.nn.Module, config: CheckpointConfig, directory:
     save_file(tensors, root / WEIGHTS_FILE)
     _write_last(root / CONFIG_FILE, f"{_to_json(header)}\n".encode())
     return fingerprint(root)
-
-
-def checkpoint_files(directory: str | Path) -> list[str]:
-    """List a checkpoint's files, relative to it; encoder.json, the mark that it is whole, last.
-
-    Raises:
-        ValueError: A file is missing.
-    """
-    root = Path(directory)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        check_file(root / name)
-    beside = sorted(f"{path.parent.name}/{path.name}" for path in root.glob("*-tower/*"))
-    return [WEIGHTS_FILE, *beside, CONFIG_FILE]
-
-
-def fingerprint(directory: str | Path) -> str:
-    """Return the sha256, in hex, of all files' names, lengths and bytes.
-
-    Raises:
-        ValueError: A file is missing.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(checkpoint_files(directory)):
-        path = Path(directory) / name
-        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def copy_checkpoint(source: Path, directory: Path) -> str:
@@ -187,7 +126,7 @@ def load_encoder(
     Args:
         directory: A checkpoint.
         device: A torch device; None is "cuda" where there is one, else "cpu".
-        precision: "fp32", "bf16" or "auto": bf16 on cuda, else fp32.
+        precision: "fp32", "bf16" or "auto": bf16 where the device multiplies in it, else fp32.
         expected_fingerprint: Refuse any other checkpoint.
 
     Returns:
@@ -204,7 +143,10 @@ def load_encoder(
             f" {expected_fingerprint[:12]}: its vectors would belong to another space"
         )
     model, config = load_model(directory)
-    return wrap_model(model, config, fingerprint=found, device=device, precision=precision)
+    encoder = wrap_model(model, config, fingerprint=found, device=device, precision=precision)
+    if encoder.precision == "bf16":
+        round_weights(model)
+    return encoder
 
 
 def wrap_model(
@@ -292,35 +234,6 @@ def load_tokenizers(source: str | Path | CheckpointConfig) -> Tokenizers:
     return Tokenizers(product=text, query=join_tokenizers(text, clip))
 
 
-def read_checkpoint_config(directory: str | Path) -> CheckpointConfig:
-    """Read what a checkpoint is, without its weights.
-
-    Raises:
-        ValueError: encoder.json is missing, is no JSON, or has an unknown format.
-    """
-    root = Path(directory)
-    path = root / CONFIG_FILE
-    header = read_json(path)
-    version, kind = header.get("format_version"), header.get("kind")
-    if version != _FORMAT_VERSION or kind not in _KINDS:
-        raise ValueError(
-            f"{path}: format {version!r} of kind {kind!r}, expected {_FORMAT_VERSION} of {_KINDS}"
-        )
-    try:
-        values = dict(header["preprocess"])
-        values |= {"mean": tuple(values["mean"]), "std": tuple(values["std"])}
-        config, text_config = header["model_config"], header["text_config"]
-        check_model_config(config, str(path))
-        return CheckpointConfig(
-            model_config=config | {"text_cfg": _resolve_hf(config["text_cfg"], root)},
-            preprocess=PreprocessSpec(**values),
-            fusion=FusionSpec(**header["fusion"]),
-            text_config=None if text_config is None else _resolve_hf(text_config, root),
-        )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: incomplete or with unknown keys: {error}") from error
-
-
 def _keep_hf_files(text_config: ModelConfig, root: Path, role: str) -> ModelConfig:
     """Copy a Hugging Face tower's config and tokenizer into the checkpoint, and point there.
 
@@ -328,7 +241,7 @@ def _keep_hf_files(text_config: ModelConfig, root: Path, role: str) -> ModelConf
     may have a Hugging Face tokenizer too.
     """
     folder = root / f"{role}-tower"
-    model, tokenizer = (text_config.get(key) for key in _HF_KEYS)
+    model, tokenizer = (text_config.get(key) for key in HF_KEYS)
     names = [str(name) for name in (tokenizer or model, model) if name]  # the model's config wins
     sources = {name: hf_folder(name) for name in names}
     in_place = folder.resolve() in [source.resolve() for source in sources.values()]
@@ -341,14 +254,8 @@ def _keep_hf_files(text_config: ModelConfig, root: Path, role: str) -> ModelConf
         for name in HF_FILES if number == 0 else HF_FILES[:1]:
             if source.resolve() != folder.resolve() and (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
-    kept = _HF_KEYS if model else _HF_KEYS[1:]
+    kept = HF_KEYS if model else HF_KEYS[1:]
     return text_config | dict.fromkeys(kept, folder.name)
-
-
-def _resolve_hf(text_config: ModelConfig, root: Path) -> ModelConfig:
-    """Make the folder names of a Hugging Face tower absolute."""
-    there = [key for key in _HF_KEYS if key in text_config]
-    return text_config | {key: str(root.absolute() / text_config[key]) for key in there}
 
 
 def _to_json(value: Any) -> str:  # noqa: ANN401 - whatever a config holds

@@ -9,13 +9,8 @@ import open_clip
 import torch
 from open_clip.model import convert_to_custom_text_state_dict
 
-from encoders.checkpoint import (
-    CheckpointConfig,
-    build_checkpoint_model,
-    copy_checkpoint,
-    load_model,
-    save_checkpoint,
-)
+from encoders.checkpoint import build_checkpoint_model, copy_checkpoint, load_model, save_checkpoint
+from encoders.checkpoint_files import CheckpointConfig
 from encoders.fusion import FusionSpec
 from encoders.objectives import MSR_PRESETS
 from encoders.spec import RANDOM, EncoderSpec, ModelConfig, PreprocessSpec, image_size_px

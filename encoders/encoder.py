@@ -8,13 +8,21 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from encoders.fusion import FusionSpec, fuse, fuse_stored
 from encoders.msr import MsrModel
+from encoders.short_texts import ShortTexts
 from encoders.spec import Float32Array, Int64Array, PreprocessSpec, UInt8Array
 from encoders.towers import channel_statistics, normalize_pixels, pick_device
 
 BoolArray = npt.NDArray[np.bool_]
+
+# What autocast runs in bf16, and whose weights it would round anew in every forward pass: half the
+# time of a ViT-B/32 on two cores (benchmarks/forward.py).
+_ROUNDED = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+_BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")  # the last is ARM's
+_GPU_BATCH_ROWS = 256
 
 
 class Encoder(Protocol):
@@ -25,12 +33,14 @@ class Encoder(Protocol):
         dim: D of the vectors that are stored.
         preprocess: How pictures become pixels.
         fusion: How the stored vectors are fused, and which fields there are.
+        precision: What it multiplies in, "fp32" or "bf16".
     """
 
     fingerprint: str
     dim: int
     preprocess: PreprocessSpec
     fusion: FusionSpec
+    precision: str
 
     def encode_products(
         self,
@@ -101,7 +111,8 @@ class OpenClipEncoder:
             fingerprint: The checkpoint's fingerprint.
             fusion: Of kind "sum"; None: equal weights.
             device: A torch device; None is "cuda" where there is one, else "cpu".
-            precision: "fp32", "bf16" (autocast), or "auto": bf16 on cuda, else fp32.
+            precision: "fp32", "bf16" (autocast), or "auto": bf16 where the device multiplies in
+                it, as a GPU or a CPU with AMX or AVX512_BF16 does; else fp32.
 
         Raises:
             ValueError: `precision` is none of the three.
@@ -109,7 +120,9 @@ class OpenClipEncoder:
         self.fingerprint, self.dim, self.preprocess = fingerprint, dim, preprocess
         self.fusion = fusion or FusionSpec()
         self._runtime = _Runtime(preprocess, device, precision)
+        self.precision = self._runtime.precision
         self._model: Any = self._runtime.place(model)
+        self._short_texts = ShortTexts(self._model)
         self._texts = [_TokenRange(length_tokens, getattr(model, "vocab_size", None))]
 
     def encode_images(self, pixels: UInt8Array) -> Float32Array:
@@ -128,7 +141,8 @@ class OpenClipEncoder:
         if len(pixels) == 0:
             return np.zeros((0, self.dim), dtype=np.float32)
         with self._runtime.inference():
-            return _unit_rows(self._model.encode_image(self._runtime.load_pixels(pixels)))
+            parts = [self._model.encode_image(part) for part in self._runtime.stream_pixels(pixels)]
+            return _unit_rows(torch.cat(parts))
 
     def encode_texts(self, tokens: Int64Array) -> Float32Array:
         """Encode tokens made by this model's tokenizer; equal texts of a batch only once.
@@ -146,8 +160,10 @@ class OpenClipEncoder:
         if len(tokens) == 0:
             return np.zeros((0, self.dim), dtype=np.float32)
         texts, places = np.unique(tokens, axis=0, return_inverse=True)
+        rows = np.empty((len(texts), self.dim), np.float32)
         with self._runtime.inference():
-            rows = _unit_rows(self._model.encode_text(self._runtime.load(texts)))
+            for group, model, short in self._short_texts.groups(texts):
+                rows[group] = _unit_rows(model.encode_text(self._runtime.load(short)))
         return rows[places.reshape(-1)]
 
     def encode_products(
@@ -212,6 +228,7 @@ class MsrEncoder:
         self.fingerprint, self.dim, self.preprocess = fingerprint, dim, preprocess
         self.fusion = fusion
         self._runtime = _Runtime(preprocess, device, precision)
+        self.precision = self._runtime.precision
         self._model: MsrModel = self._runtime.place(model)
         clip = _TokenRange(length_tokens, getattr(model.clip, "vocab_size", None))
         text = _TokenRange(model.text_tokens, getattr(model.text, "vocab_size", None))
@@ -305,6 +322,32 @@ class _Runtime:
     def load_pixels(self, pixels: UInt8Array) -> torch.Tensor:
         return normalize_pixels(self.load(pixels), self._mean, self._std)
 
+    def stream_pixels(self, pixels: UInt8Array) -> Iterator[torch.Tensor]:
+        """Yield (b, 3, H, W) float32 on the device; on a CPU all pixels at once.
+
+        On a GPU the next batch is copied, as uint8 from pinned memory, while the last is encoded.
+        """
+        if self.device.type != "cuda":
+            yield self.load_pixels(pixels)
+            return
+        starts = range(0, len(pixels), _GPU_BATCH_ROWS)
+        parts = [pixels[start : start + _GPU_BATCH_ROWS] for start in starts]
+        copies: Any = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        encoding = torch.cuda.current_stream(self.device)
+        coming = self._copy_ahead(parts[0], copies)
+        for number in range(len(parts)):
+            encoding.wait_stream(copies)
+            here = coming
+            here.record_stream(encoding)
+            if number + 1 < len(parts):
+                coming = self._copy_ahead(parts[number + 1], copies)
+            yield normalize_pixels(here, self._mean, self._std)
+
+    def _copy_ahead(self, pixels: UInt8Array, stream: Any) -> torch.Tensor:  # noqa: ANN401
+        pinned = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).pin_memory()
+        with torch.cuda.stream(stream):
+            return pinned.to(self.device, non_blocking=True)
+
     def load(self, array: UInt8Array | Int64Array | BoolArray) -> torch.Tensor:
         writable = np.require(array, requirements=["C", "W"])
         return torch.from_numpy(writable).to(self.device)
@@ -323,12 +366,30 @@ def _unit_rows(features: torch.Tensor) -> Float32Array:
     return unit
 
 
+def round_weights(model: nn.Module) -> None:
+    """Round a model's matrices to bf16 in place, as autocast would in each of its forward passes.
+
+    Args:
+        model: One that encodes under bf16 autocast from now on, and isn't trained or saved again.
+    """
+    for module in model.modules():
+        if isinstance(module, _ROUNDED):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.bfloat16()
+
+
 def _pick_precision(precision: str, device: torch.device) -> str:
     if precision not in ("auto", "fp32", "bf16"):
         raise ValueError(f"precision is {precision!r}, expected auto, fp32 or bf16")
     if precision == "auto":
-        return "bf16" if device.type == "cuda" else "fp32"
+        return "bf16" if device.type != "cpu" or _cpu_multiplies_bf16() else "fp32"
     return precision
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """Whether this machine's CPU has instructions for it; without them bf16 is slower than fp32."""
+    found = torch.cpu.get_capabilities()
+    return any(bool(found.get(name)) for name in _BF16_INSTRUCTIONS)
 
 
 def _check_tokens(tokens: Int64Array, ranges: list[_TokenRange]) -> None:

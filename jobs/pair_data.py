@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from encoders.checkpoint import CheckpointConfig
+from encoders.checkpoint_files import CheckpointConfig
 from encoders.objectives import MSR_PRESETS, PRESETS
 from jobs.embed_steps import load_pixels
 from jobs.errors import CatalogError

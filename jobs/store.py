@@ -23,6 +23,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import TableNotFoundError
 from deltalake.transaction import AddAction
 
+from encoders.checkpoint_files import checkpoint_files
 from jobs.delta import append_files, create_table, open_table, read_actions, table_errors
 from jobs.errors import PublishConflictError, StoreError
 from jobs.schemas import EMBEDDINGS, RELEASES
@@ -185,8 +186,6 @@ class Store:
             fingerprint: Its fingerprint, which becomes its name.
             folder: Below the root.
         """
-        from encoders.checkpoint import checkpoint_files  # torch; only the driver needs it
-
         *files, mark = checkpoint_files(directory)  # the mark that it is whole is written last
         if not self.filesystem().exists(self.uri(folder, fingerprint, mark)):
             for name in (*files, mark):

@@ -16,7 +16,7 @@ from typing import Any
 import ray.train
 from botocore.exceptions import BotoCoreError
 
-from encoders.checkpoint import read_checkpoint_config
+from encoders.checkpoint_files import read_checkpoint_config
 from encoders.create import create_checkpoint, create_start
 from encoders.fusion import FusionSpec
 from encoders.objectives import MSR_PRESETS
@@ -25,6 +25,7 @@ from jobs.batches import check_batch_size
 from jobs.cluster import ray_session
 from jobs.config import JobConfig, TrainConfig
 from jobs.errors import CatalogError, ConfigError, JobError, StoreError
+from jobs.machines import check_shared
 from jobs.outputs import check_new_folder
 from jobs.pair_data import PairData
 from jobs.progress import Progress
@@ -92,6 +93,7 @@ def train(config: JobConfig, destination: Path, progress: Progress) -> TrainResu
     finally:
         shutil.rmtree(start)
     with ray_session(config.ray):
+        check_shared([store.uri(start_folder(name)), section.pairs, section.validation])
         kept = fit(config, section, store, name, fingerprint, progress)
         result = _conclude(config, store, kept, destination)
     _forget(store, name)

@@ -15,16 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from encoders.checkpoint import (
-    CheckpointConfig,
-    Tokenizers,
-    load_model,
-    load_tokenizers,
-    save_checkpoint,
-    wrap_model,
-)
+from encoders.checkpoint import Tokenizers, load_model, load_tokenizers, save_checkpoint, wrap_model
+from encoders.checkpoint_files import CheckpointConfig
 from encoders.encoder import Encoder
 from encoders.objectives import MSR_PRESETS, MimTowers, MsrTowers
+from encoders.towers import pick_device
 from encoders.train import StepMetrics, TrainBatch, Trainer, TrainSpec
 from jobs.batches import Batches
 from jobs.config import TrainConfig
@@ -249,12 +244,14 @@ class _Run:
 
     def _encoder(self) -> Encoder:
         """Return the encoder as it is now."""
+        on_cpu = pick_device(self.task.device).type == "cpu"
+        trained_in_fp32 = self.spec.precision == "auto" and on_cpu
         return wrap_model(
             self.model,
             self.config,
             fingerprint="in training",
             device=self.task.device,
-            precision=self.spec.precision,
+            precision="fp32" if trained_in_fp32 else self.spec.precision,
         )
 
 

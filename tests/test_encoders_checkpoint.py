@@ -13,15 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from encoders.checkpoint import (
-    CheckpointConfig,
     build_checkpoint_model,
-    fingerprint,
     load_encoder,
     load_model,
     load_tokenizers,
-    read_checkpoint_config,
     save_checkpoint,
+    wrap_model,
 )
+from encoders.checkpoint_files import CheckpointConfig, fingerprint, read_checkpoint_config
 from encoders.create import _build_preprocess, create_checkpoint
 from encoders.fusion import FusionSpec
 from encoders.spec import EncoderSpec, PreprocessSpec
@@ -66,6 +65,35 @@ def test_round_trip_gives_the_same_vectors(tmp_path, checkpoint):
     assert again == first.fingerprint
     np.testing.assert_array_equal(first.encode_images(PIXELS), second.encode_images(PIXELS))
     np.testing.assert_array_equal(first.encode_texts(TOKENS), second.encode_texts(TOKENS))
+
+
+def test_bf16_rounds_the_matrices_of_a_loaded_encoder(checkpoint):
+    exact = load_encoder(checkpoint, device="cpu", precision="fp32")
+    rough = load_encoder(checkpoint, device="cpu", precision="bf16")
+    assert (exact.precision, rough.precision) == ("fp32", "bf16")
+    in_bf16 = {n for n, p in rough._model.named_parameters() if p.dtype == torch.bfloat16}
+    assert "transformer.resblocks.0.attn.in_proj_weight" in in_bf16
+    assert "transformer.resblocks.0.mlp.c_fc.weight" in in_bf16
+    assert not any("ln_" in name or "embedding" in name for name in in_bf16)
+    for name in ("encode_images", "encode_texts"):
+        rows = PIXELS if name == "encode_images" else TOKENS
+        cosines = (getattr(exact, name)(rows) * getattr(rough, name)(rows)).sum(axis=1)
+        assert 0.999 < cosines.min() < 1
+
+
+def test_a_model_that_is_only_wrapped_keeps_its_weights(checkpoint):
+    model, config = load_model(checkpoint)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    encoder = wrap_model(model, config, fingerprint="x", device="cpu", precision="bf16")
+    encoder.encode_images(PIXELS)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_auto_is_bf16_where_the_cpu_multiplies_in_it(checkpoint):
+    found = torch.cpu.get_capabilities()
+    has = any(found.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    assert load_encoder(checkpoint, device="cpu").precision == ("bf16" if has else "fp32")
 
 
 def test_copied_checkpoint_is_the_same_encoder(tmp_path, checkpoint):

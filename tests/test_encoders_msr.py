@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 
 from encoders.checkpoint import (
-    CheckpointConfig,
     build_checkpoint_model,
     load_encoder,
     load_model,
@@ -12,6 +11,7 @@ from encoders.checkpoint import (
     save_checkpoint,
     wrap_model,
 )
+from encoders.checkpoint_files import CheckpointConfig
 from encoders.fusion import FusionSpec, fuse_products
 from encoders.msr import MsrModel
 from encoders.spec import PreprocessSpec
@@ -56,7 +56,11 @@ def make_encoder(preset, kind, seed=3):
         with torch.no_grad():
             torch.manual_seed(0)
             model.mlp[2].weight.normal_(std=0.1)
-    return model, config, wrap_model(model, config, fingerprint="test", device="cpu")
+    return (
+        model,
+        config,
+        wrap_model(model, config, fingerprint="test", device="cpu", precision="fp32"),
+    )
 
 
 def make_tokens(preset, side, rows=4):
@@ -78,7 +82,7 @@ def fuse_found(encoder, found):
 def test_saved_encoder_gives_the_same_vectors(tmp_path, preset, kind):
     model, config, encoder = make_encoder(preset, kind)
     saved = save_checkpoint(model, config, tmp_path)
-    loaded = load_encoder(tmp_path, device="cpu", expected_fingerprint=saved)
+    loaded = load_encoder(tmp_path, device="cpu", precision="fp32", expected_fingerprint=saved)
     assert (loaded.fusion, loaded.dim) == (encoder.fusion, config.dim)
     tokens = make_tokens(preset, "product")
     first = encoder.encode_products(PIXELS, tokens, HAS_IMAGE, HAS_TEXT)

@@ -173,11 +173,14 @@ def test_vectors_are_unit_float32():
 
 
 def test_bf16_stays_close_to_fp32():
-    encoder = make_encoder(make_spec())
-    rough = make_encoder(encoder.preprocess, encoder._model, "bf16")
+    encoder, rough = make_encoder(make_spec()), make_encoder(make_spec(), precision="bf16")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
-    cosines = (encoder.encode_images(pixels) * rough.encode_images(pixels)).sum(axis=1)
-    assert cosines.min() > 0.99
+    tokens = load_tokenizer(DEMO_MODEL_CONFIG)(["a shoe", "a hat"])
+    both = np.ones(2, bool)
+    found = encoder.encode_products(pixels, tokens, both, both)
+    for name, rows in rough.encode_products(pixels, tokens, both, both).items():
+        assert (found[name] * rows).sum(axis=1).min() > 0.999
+        assert (found[name] != rows).any()
 
 
 def test_wrong_inputs_are_refused():

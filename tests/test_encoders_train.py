@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from encoders.checkpoint import CheckpointConfig, build_checkpoint_model, wrap_model
+from encoders.checkpoint import build_checkpoint_model, wrap_model
+from encoders.checkpoint_files import CheckpointConfig
 from encoders.fusion import FusionSpec, fuse_products
 from encoders.objectives import PRESETS, MimTowers, MsrTowers
 from encoders.spec import DEMO_MODEL_CONFIG, PreprocessSpec
@@ -195,7 +196,7 @@ def test_every_role_has_the_vectors_of_its_own_inputs():
     model = build_checkpoint_model(config, seed=1)
     with torch.inference_mode():
         features = MimTowers(model, config.preprocess, "mim4").eval()(batch.inputs)
-    encoder = wrap_model(model, config, fingerprint="roles", device="cpu")
+    encoder = wrap_model(model, config, fingerprint="roles", device="cpu", precision="fp32")
     inputs = {name: tensor.numpy() for name, tensor in batch.inputs.items()}
     for role in ("query", "product"):
         images = encoder.encode_images(inputs[f"{role}_pixels"])
@@ -210,7 +211,7 @@ def test_msr_roles_have_the_vectors_of_their_own_inputs(preset):
     model = build_checkpoint_model(config, seed=1)
     with torch.inference_mode():
         features = make_towers(model, config, preset).eval()(batch.inputs)
-    encoder = wrap_model(model, config, fingerprint="roles", device="cpu")
+    encoder = wrap_model(model, config, fingerprint="roles", device="cpu", precision="fp32")
     inputs = {name: tensor.numpy() for name, tensor in batch.inputs.items()}
     masks = inputs["has_product_image"], inputs["has_product_text"]
     found = encoder.encode_products(inputs["product_pixels"], inputs["product_tokens"], *masks)
@@ -537,7 +538,7 @@ def overfit(preset, kind, batch, steps):
     trainer = Trainer(make_towers(model, config, preset), spec, device="cpu")
     metrics = [trainer.run_step(batch) for _ in range(steps)]
     assert metrics[-1].loss < metrics[0].loss
-    return wrap_model(model, config, fingerprint="overfit", device="cpu")
+    return wrap_model(model, config, fingerprint="overfit", device="cpu", precision="fp32")
 
 
 def recall_at_1(queries, products, which):

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from encoders.checkpoint import load_tokenizers, read_checkpoint_config
+from encoders.checkpoint import load_tokenizers
+from encoders.checkpoint_files import read_checkpoint_config
 from encoders.create import create_checkpoint, create_start
 from encoders.fusion import FusionSpec
 from encoders.spec import EncoderSpec

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from encoders.checkpoint import fingerprint, load_encoder, read_checkpoint_config
+from encoders.checkpoint import load_encoder
+from encoders.checkpoint_files import fingerprint, read_checkpoint_config
 from encoders.encoder import MsrEncoder, OpenClipEncoder
 from jobs.config import JobConfig
 from jobs.errors import ConfigError

@@ -9,13 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from encoders.checkpoint import (
-    load_encoder,
-    load_model,
-    load_tokenizers,
-    read_checkpoint_config,
-    wrap_model,
-)
+from encoders.checkpoint import load_encoder, load_model, load_tokenizers, wrap_model
+from encoders.checkpoint_files import read_checkpoint_config
 from encoders.create import create_start
 from encoders.fusion import FusionSpec
 from encoders.spec import EncoderSpec

@@ -6,12 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 from table_rows import make_live
 
-from encoders.checkpoint import (
-    CheckpointConfig,
-    build_checkpoint_model,
-    read_checkpoint_config,
-    save_checkpoint,
-)
+from encoders.checkpoint import build_checkpoint_model, save_checkpoint
+from encoders.checkpoint_files import CheckpointConfig, read_checkpoint_config
 from encoders.create import create_checkpoint
 from encoders.fusion import FusionSpec, fuse
 from encoders.spec import EncoderSpec

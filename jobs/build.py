@@ -19,8 +19,9 @@ from jobs.partials import delete_partials
 from jobs.placeholders import find_placeholders
 from jobs.queries import Measured, measure_queries
 from jobs.run import Run
-from jobs.search import FORMAT_VERSION
+from jobs.schemas import MANIFEST_FORMAT
 from jobs.space import VectorSpace
+from jobs.steps import StepClock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class BuildTask:
         version: Of the embeddings table.
         contract: The query contract of the release.
         retrain: Why indexes are trained anew; empty: they are updated where that is possible.
+        precisions: That this run embedded rows in.
     """
 
     config: JobConfig
@@ -42,6 +44,7 @@ class BuildTask:
     plan: Plan | None
     version: int
     retrain: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ()
 
     @property
     def asks_with_photos(self) -> bool:
@@ -98,10 +101,10 @@ def _base_manifest(run: Run, space: VectorSpace) -> dict[str, Any] | None:
     if run.parent is None or run.parent.encoder != space.encoder:
         return None
     manifest = run.store.read_json("indexes", run.parent.indexes, "manifest.json")
-    if manifest.get("format_version") != FORMAT_VERSION:
+    if manifest.get("format_version") != MANIFEST_FORMAT:
         raise StoreError(
             f"{run.store.uri('indexes', run.parent.indexes)}: a manifest of format "
-            f"{manifest.get('format_version')!r}, expected {FORMAT_VERSION}: it is of another "
+            f"{manifest.get('format_version')!r}, expected {MANIFEST_FORMAT}: it is of another "
             "version of Vitrine; make the store anew"
         )
     return manifest
@@ -148,7 +151,7 @@ def _encode_labelled(run: Run, task: BuildTask) -> Labelled | None:
             task.config.evaluate,
             task.config.images,
             run.store,
-            task.space,
+            task.contract,
             use_images=task.asks_with_photos,
         )
         counted["rows"] = len(labelled.queries) if labelled else 0
@@ -165,12 +168,18 @@ def _build_indexes(
     for name in task.space.fields:
         with run.stage(f"index {name}") as counted:
             job = _index_job(run, task, name, base, ids=entries["ids"], labelled=labelled)
-            built = build_index(job, run.progress.step)
+            clock = StepClock(name, run.progress.step)
+            built = build_index(job, clock.begin)
+            clock.end()
             counted["rows"] = built.index.ntotal
+        for step, seconds in clock.seconds.items():
+            run.add_stage(f"index {name}: {step}", seconds, counted["rows"])
         indexes.append(built.index)
         partials += built.partials
         run.log("index", field=name, action=built.index.action, reasons=built.index.reasons)
-    _write_manifest(run, task, indexes, entries)
+    before = base["precisions"] if base else []
+    precisions = sorted({*before, *task.precisions})
+    _write_manifest(run, task, indexes, entries | {"precisions": precisions})
     _drop_partials(run, partials)
     return indexes
 
@@ -195,7 +204,7 @@ def _write_manifest(
     run: Run, task: BuildTask, indexes: list[FieldIndex], entries: dict[str, Any]
 ) -> None:
     manifest = {
-        "format_version": FORMAT_VERSION,
+        "format_version": MANIFEST_FORMAT,
         "run": run.run_id,
         "encoder": task.space.encoder,
         "products": task.live.rows.products,

@@ -128,21 +128,26 @@ def make_contract(directory: Path, space: VectorSpace) -> dict[str, Any]:
         JobError: The encoder gives a canary no direction.
     """
     from encoders.checkpoint import load_model, load_tokenizers, wrap_model
+    from encoders.encoder import round_weights
 
     inputs = _canary_inputs()
     pictures, texts = [i for _, i, _ in inputs], [t for _, _, t in inputs]
     model, config = load_model(directory)
-    vectors, rounded = (
-        QueryEncoder(
+    tokenizer = load_tokenizers(config).query
+
+    def encode(precision: str) -> Float32Array:
+        return QueryEncoder(
             encoder=wrap_model(
                 model, config, fingerprint=space.encoder, device="cpu", precision=precision
             ),
-            tokenizer=load_tokenizers(config).query,
+            tokenizer=tokenizer,
             images=ImagesConfig(),
             image_weight=space.fusion.query_image_weight,
         ).encode(pictures, texts)
-        for precision in ("fp32", "bf16")
-    )
+
+    vectors = encode("fp32")
+    round_weights(model)  # as a loaded encoder's are
+    rounded = encode("bf16")
     cosines = (vectors * rounded).sum(axis=1) / np.linalg.norm(rounded, axis=1)
     canaries = [
         {
@@ -154,8 +159,17 @@ def make_contract(directory: Path, space: VectorSpace) -> dict[str, Any]:
         }
         for (name, image, text), vector, cosine in zip(inputs, vectors, cosines, strict=True)
     ]
-    contract = describe_space(space) | {"canaries": canaries}
+    contract = describe_space(space) | {"canaries": canaries, "bf16_cosine": float(cosines.min())}
     return contract | {"sha256": _digest(contract)}
+
+
+def allowed_precision(contract: dict[str, Any]) -> str:
+    """Return "auto" if bf16 leaves all canaries where fp32 puts them, to `MIN_COSINE`; else "fp32".
+
+    Args:
+        contract: The `query` part of a manifest.
+    """
+    return "auto" if contract["bf16_cosine"] >= MIN_COSINE else "fp32"
 
 
 def _canary_inputs() -> list[tuple[str, bytes | None, str | None]]:

@@ -33,6 +33,7 @@ Batch = dict[str, npt.NDArray[Any]]
 BoolArray = npt.NDArray[np.bool_]
 MIN_NORM, MAX_NORM = 0.99, 1.01
 PLANNED = ("vector_id", "image_hash", "text_hash", "etag_hash", "first_seen", "attempts")
+PRECISIONS = ("fp32", "bf16")
 NO_IMAGE_COLUMN = "the catalog has no image column"
 
 
@@ -274,7 +275,8 @@ class Embedder:
         """Replace `pixels` and `tokens` by one `<name>_embedding` (B, D) float32 a stored vector.
 
         A row is NaN where there is none. `images_embedded` (B,) int64 is 1 where the row's own
-        image went through the encoder, `images_reused` where the vector is that of an equal one.
+        image went through the encoder, `images_reused` where the vector is that of an equal one;
+        `rows_fp32` and `rows_bf16` are 1 where a live row was embedded in that precision.
         """
         started = time.monotonic()
         for name in ("reject_reason", "reject_detail"):
@@ -291,6 +293,9 @@ class Embedder:
         kept = {name: column for name, column in batch.items() if name not in dropped}
         kept |= {f"{name}_embedding": rows for name, rows in vectors.items()}
         rows = len(batch["rejected"])
+        for name in PRECISIONS:
+            live = ~batch["rejected"] & (self.encoder.precision == name)
+            kept[f"rows_{name}"] = live.astype(np.int64)
         kept["embed_s"] = np.full(rows, (time.monotonic() - started) / rows)
         return kept
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from encoders.checkpoint import read_checkpoint_config
-from encoders.create import create_checkpoint
+from encoders.checkpoint_files import CONFIG_FILE, fingerprint, read_checkpoint_config
 from encoders.fusion import FusionSpec
 from encoders.spec import EncoderSpec
 from jobs.catalog import IMAGE_COLUMNS, Catalog, read_catalog
 from jobs.config import CatalogConfig, JobConfig
-from jobs.contract import make_contract
+from jobs.contract import make_contract, read_contract
 from jobs.errors import CatalogError, ConfigError
+from jobs.schemas import MANIFEST_FORMAT
 from jobs.space import VectorSpace, resolve_space
 from jobs.storage import PARQUET_ERRORS, one_line, open_filesystem, storage_errors
 from jobs.store import Store, scratch_folder
@@ -70,36 +70,73 @@ def add_encoder(config: JobConfig, store: Store) -> tuple[VectorSpace, dict[str,
             or a weight that it doesn't have.
         StoreError: The store can't be written.
     """
-    with made_encoder(config) as (directory, space):
-        contract = make_contract(directory, space)
+    with made_encoder(config, store) as (directory, space):
+        contract = _published_contract(store, space) or make_contract(directory, space)
         with storage_errors(f"store {store.root}", "written"):
             store.add_checkpoint(directory, space.encoder)
         return space, contract
 
 
+def _published_contract(store: Store, space: VectorSpace) -> dict[str, Any] | None:
+    """Return the newest release's contract if it is of the same space: its canaries take seconds.
+
+    Raises:
+        StoreError: The release can't be read.
+    """
+    newest = store.current_release()
+    if newest is None or newest.encoder != space.encoder:
+        return None
+    manifest = store.read_json("indexes", newest.indexes, "manifest.json")
+    if manifest.get("format_version") != MANIFEST_FORMAT:
+        return None
+    contract: dict[str, Any] = manifest["query"]
+    return contract if read_contract(contract) == space else None
+
+
 @contextmanager
-def made_encoder(config: JobConfig) -> Iterator[tuple[Path, VectorSpace]]:
+def made_encoder(config: JobConfig, store: Store) -> Iterator[tuple[Path, VectorSpace]]:
     """Make the configured encoder's checkpoint in a temporary folder.
+
+    A checkpoint that the store has already was checked before, and is read where it lies.
 
     Yields:
         The folder, and what the job makes of the encoder.
 
     Raises:
         ConfigError: As `add_encoder`.
+        StoreError: The store can't be read.
     """
-    directory = scratch_folder("checkpoint")
+    scratch = scratch_folder("checkpoint")
     try:
-        fingerprint = create_checkpoint(config.encoder, directory)
-        found = read_checkpoint_config(directory)
+        directory, found = _known_checkpoint(config.encoder, store) or (scratch, "")
+        found = found or _create(config.encoder, directory)
+        made = read_checkpoint_config(directory)
         space = resolve_space(
             config.embed,
-            encoder=fingerprint,
-            dim=found.dim,
-            preprocess=found.preprocess,
-            fusion=found.fusion,
+            encoder=found,
+            dim=made.dim,
+            preprocess=made.preprocess,
+            fusion=made.fusion,
         )
         yield directory, space
     except ValueError as error:
         raise ConfigError(f"encoder: {error}") from error
     finally:
-        shutil.rmtree(directory)
+        shutil.rmtree(scratch)
+
+
+def _create(spec: EncoderSpec, directory: Path) -> str:
+    from encoders.create import create_checkpoint  # torch and open_clip: seconds
+
+    return create_checkpoint(spec, directory)
+
+
+def _known_checkpoint(spec: EncoderSpec, store: Store) -> tuple[Path, str] | None:
+    """Return the folder and the fingerprint of a configured checkpoint that the store has."""
+    if spec.checkpoint is None:
+        return None
+    source = Path(spec.checkpoint)
+    found = fingerprint(source)
+    mark = store.uri("checkpoints", found, CONFIG_FILE)
+    with storage_errors(f"store {store.root}", "read"):
+        return (source, found) if store.filesystem().exists(mark) else None

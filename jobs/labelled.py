@@ -5,6 +5,7 @@ Letters: Q queries, D dimension.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,12 +13,11 @@ import ray
 
 from jobs.cluster import cluster_gpus, gather
 from jobs.config import EvaluateConfig
-from jobs.contract import QueryEncoder
+from jobs.contract import QueryEncoder, allowed_precision, read_contract
 from jobs.errors import CatalogError, JobError
 from jobs.fetch import fetch_images
 from jobs.images import ImagesConfig
 from jobs.queries import IMAGE, KEY, TEXT, Query, read_queries
-from jobs.space import VectorSpace
 from jobs.storage import machine_cache
 from jobs.store import Store
 
@@ -47,7 +47,7 @@ def encode_labelled(
     config: EvaluateConfig,
     images: ImagesConfig,
     store: Store,
-    space: VectorSpace,
+    contract: dict[str, Any],
     *,
     use_images: bool,
 ) -> Labelled | None:
@@ -57,7 +57,7 @@ def encode_labelled(
         config: Says where they are and how many count.
         images: Limits for their photos.
         store: Has the encoder.
-        space: Names it, and the weight of a photo beside words.
+        contract: Names it, its precision, and the weight of a photo beside words.
         use_images: Whether to ask with photos, or with words.
 
     Returns:
@@ -74,7 +74,7 @@ def encode_labelled(
         column = IMAGE if use_images else TEXT
         raise CatalogError(f"{KEY} {config.queries} has no labelled query with {column}")
     task = _encode.options(num_gpus=1 if cluster_gpus() else 0)
-    kept, vectors, failed = gather([task.remote(queries, read.root, images, store, space)])[0]
+    kept, vectors, failed = gather([task.remote(queries, read.root, images, store, contract)])[0]
     return Labelled(queries=kept, root=read.root, vectors=vectors, failed=failed)
 
 
@@ -89,13 +89,14 @@ def _one_kind(queries: Sequence[Query], *, use_images: bool) -> list[Query]:
 
 @ray.remote(num_cpus=1)
 def _encode(
-    queries: list[Query], root: str, images: ImagesConfig, store: Store, space: VectorSpace
+    queries: list[Query], root: str, images: ImagesConfig, store: Store, contract: dict[str, Any]
 ) -> tuple[list[Query], Float32Array, list[str]]:
     from encoders.checkpoint import load_encoder, load_tokenizers
 
+    space, precision = read_contract(contract), allowed_precision(contract)
     directory = store.local_copy(machine_cache(), "checkpoints", space.encoder)
     encoder = QueryEncoder(
-        encoder=load_encoder(directory, precision="auto", expected_fingerprint=space.encoder),
+        encoder=load_encoder(directory, precision=precision, expected_fingerprint=space.encoder),
         tokenizer=load_tokenizers(directory).query,
         images=images,
         image_weight=space.fusion.query_image_weight,

@@ -8,6 +8,7 @@ import pyarrow as pa
 EMBEDDING_FIELDS = ("image", "text", "multimodal")
 UPSERT, DELETE, REJECT = "upsert", "delete", "reject"
 IMAGE_BITS = 47
+MANIFEST_FORMAT = 5  # of an index version's manifest.json
 
 EMBEDDINGS = pa.schema(
     [

@@ -8,14 +8,12 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from encoders.checkpoint import load_encoder, load_tokenizers
-from encoders.encoder import Encoder
 from indexing.search import (
     Chosen,
     SearchPoint,
@@ -25,18 +23,27 @@ from indexing.search import (
     search_pool,
 )
 from indexing.topk import PADDING_ID
-from jobs.contract import QueryEncoder, check_contract, check_encoder, read_contract
+from jobs.contract import (
+    QueryEncoder,
+    allowed_precision,
+    check_contract,
+    check_encoder,
+    read_contract,
+)
 from jobs.errors import FingerprintError, JobError, StoreError
 from jobs.fetch import fetch_images
 from jobs.ids_table import Ids
 from jobs.images import ImageRejected, ImagesConfig
 from jobs.index_files import open_partitions, read_files, read_point
+from jobs.schemas import MANIFEST_FORMAT
 from jobs.storage import machine_cache
 from jobs.store import Store
 
+if TYPE_CHECKING:
+    from encoders.encoder import Encoder
+
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
-FORMAT_VERSION = 4
 MANIFEST_KEYS = {"encoder", "fields", "ids", "products", "query"}
 FIELD_ORDER = ("multimodal", "image", "text")
 DEEPER = 4  # times as many vectors, where the first hold too few products
@@ -74,7 +81,7 @@ class Searcher:
         indexes: str,
         *,
         images: ImagesConfig | None = None,
-        encoder: str | Encoder | None = None,
+        encoder: "str | Encoder | None" = None,
     ) -> None:
         """Open an index version and its encoder.
 
@@ -96,10 +103,10 @@ class Searcher:
         self.store, self.images = store, images or ImagesConfig()
         self.manifest = store.read_json("indexes", indexes, "manifest.json")
         version, missing = self.manifest.get("format_version"), MANIFEST_KEYS - set(self.manifest)
-        if version != FORMAT_VERSION or missing or not isinstance(self.manifest["query"], dict):
+        if version != MANIFEST_FORMAT or missing or not isinstance(self.manifest["query"], dict):
             raise StoreError(
                 f"{store.uri('indexes', indexes)}: a manifest of format {version!r}, expected "
-                f"{FORMAT_VERSION}: it is of another version of Vitrine; make the store anew"
+                f"{MANIFEST_FORMAT}: it is of another version of Vitrine; make the store anew"
             )
         self.space = read_contract(self.manifest["query"])
         expected = encoder if isinstance(encoder, str) else self.manifest["encoder"]
@@ -122,11 +129,14 @@ class Searcher:
         except ValueError as error:
             raise StoreError(f"{store.uri('indexes', indexes)}: {error}") from error
 
-    def _open_encoder(self, store: Store, encoder: Encoder | None) -> None:
+    def _open_encoder(self, store: Store, encoder: "Encoder | None") -> None:
+        from encoders.checkpoint import load_encoder, load_tokenizers  # torch and open_clip
+
         directory = store.local_copy(machine_cache(), "checkpoints", self.space.encoder)
         if encoder is None:
+            precision = allowed_precision(self.manifest["query"])
             encoder = load_encoder(
-                directory, precision="auto", expected_fingerprint=self.space.encoder
+                directory, precision=precision, expected_fingerprint=self.space.encoder
             )
         check_encoder(self.space, encoder)
         self._queries = QueryEncoder(

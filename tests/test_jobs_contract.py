@@ -9,17 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from encoders.checkpoint import (
-    load_encoder,
-    load_tokenizers,
-    read_checkpoint_config,
-)
+from encoders.checkpoint import load_encoder, load_tokenizers
+from encoders.checkpoint_files import read_checkpoint_config
 from encoders.create import create_checkpoint
 from encoders.spec import EncoderSpec
 from jobs.config import EmbedConfig, JobConfig
 from jobs.contract import (
     MIN_COSINE,
     QueryEncoder,
+    allowed_precision,
     check_contract,
     check_encoder,
     make_contract,
@@ -91,6 +89,18 @@ def test_own_encoder_keeps_it_in_any_arithmetic(own):
     check_contract(contract, query_path(encoder, folder).encode)
     half = load_encoder(folder, device="cpu", precision="bf16")
     check_contract(contract, query_path(half, folder).encode)
+
+
+def test_bf16_is_allowed_where_it_leaves_the_canaries_in_place(own):
+    folder, _, contract = own
+    half = load_encoder(folder, device="cpu", precision="bf16")
+    images = [c["image"] and base64.b64decode(c["image"]) for c in contract["canaries"]]
+    texts = [c["text"] for c in contract["canaries"]]
+    exact = query_path(load_encoder(folder, device="cpu", precision="fp32"), folder)
+    vectors, rough = exact.encode(images, texts), query_path(half, folder).encode(images, texts)
+    assert contract["bf16_cosine"] == pytest.approx((vectors * rough).sum(axis=1).min(), abs=1e-5)
+    assert allowed_precision(contract | {"bf16_cosine": 0.9991}) == "auto"
+    assert allowed_precision(contract | {"bf16_cosine": 0.9989}) == "fp32"
 
 
 def test_code_of_another_runtime_checks_itself(own):

@@ -86,7 +86,10 @@ def test_stages_know_one_core_each():
     assert offenders([jobs / "index.py"], {"encoders", "torch", "jobs.embed"}) == []
 
 
-@pytest.mark.parametrize(("module", "absent"), [("jobs.index", "torch"), ("jobs.embed", "faiss")])
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [("jobs.index", "torch"), ("jobs.embed", "faiss"), ("jobs.refresh", "torch")],
+)
 def test_stage_never_loads_the_other_core(module, absent):
     code = f"import sys, {module}; sys.exit({absent!r} in sys.modules)"
     done = subprocess.run(

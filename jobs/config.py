@@ -73,11 +73,33 @@ class EmbedConfig(Section):
     actors: int = Field(
         default=0,
         ge=0,
-        description="Embedding actors; 0: one a GPU, or one a CPU where there is none. "
-        "Name it where GPU workers are started on demand.",
+        description="Embedding actors; 0: as many as the machines have room for, and more when "
+        "machines join.",
+    )
+    gpus_per_actor: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="GPUs that an embedding actor asks for; 0.5: two share one. None: 1 where the "
+        "cluster has a GPU when embedding starts, else 0. Name it where GPU workers are started "
+        "on demand.",
+    )
+    cpus_per_actor: int | None = Field(
+        default=None,
+        gt=0,
+        description="CPUs of an embedding actor; none: 1, or with a GPU none for itself: the "
+        "tasks that decode for it ask for 1 each.",
+    )
+    memory_mb_per_actor: int | None = Field(
+        default=None,
+        gt=0,
+        description="MiB of memory that an embedding actor asks for, so that no machine is given "
+        "more actors than it can hold; none: nothing is asked.",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="auto: bf16 on a GPU, fp32 on a CPU."
+        default="auto",
+        description="auto: bf16 on a GPU, and on a CPU that multiplies in it (AMX, AVX512_BF16), "
+        "if it leaves the encoder's canaries at cosine 0.999 of fp32; else fp32.",
     )
     rows_per_file: int = Field(
         default=2048,

@@ -1,13 +1,15 @@
 """The embedding stage: catalog rows in, committed Parquet files of the embeddings table out.
 
 One streaming Ray Data execution: read units -> fetch, decode, tokenise (CPU tasks) -> embed
-(actors) -> write a data file (tasks); the driver commits the files as they come.
+(actors) -> write a data file (tasks); the driver commits the files as they come. What an actor
+asks Ray for is configured; Ray's autoscaler, where there is one, starts machines for it.
 """
 
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,17 +19,21 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from jobs.buckets import Records, sort_records
-from jobs.cluster import cluster_cpus, cluster_gpus, gather, ray_errors
+from jobs.cluster import cluster_cpus, gather, ray_errors
 from jobs.diff import Diff
 from jobs.duplicates import image_vectors
-from jobs.embed_steps import Embedder, EmbedTask, prepare_rows
-from jobs.embed_write import write_deletes, write_rows
+from jobs.embed_actors import Actors, piece_rows, plan_actors, telling_of_waits
+from jobs.embed_steps import PRECISIONS, Embedder, EmbedTask, prepare_rows
+from jobs.embed_write import COUNTS, write_deletes, write_rows
 from jobs.errors import JobError
+from jobs.metrics import count_file, show_backlog
 from jobs.store import DataFile
+from jobs.trace import MOST_SPANS, Write, merge_writes, read_write
 
-CPU_ACTOR_SLOTS = 0.75
-CPU_ROWS = 256  # some seconds: what a killed job loses beside the commit interval
+SIDE_SLOTS = 0.25  # of the tasks that must find room beside the actors of a small machine
 MAX_PIECES = 20_000
+
+WrittenFiles = Generator[dict[str, Any], None, None]
 
 
 @dataclass
@@ -42,7 +48,15 @@ class EmbedResult:
     image_bytes: int = 0
     images_embedded: int = 0
     images_reused: int = 0
+    rows_fp32: int = 0
+    rows_bf16: int = 0
     written_bytes: int = 0
+    writes: list[Write] = field(default_factory=list)
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """That rows were embedded in."""
+        return tuple(name for name in PRECISIONS if getattr(self, f"rows_{name}"))
 
 
 def embed_rows(task: EmbedTask, diff: Diff, progress: Callable[[int, int], None]) -> EmbedResult:
@@ -57,87 +71,107 @@ def embed_rows(task: EmbedTask, diff: Diff, progress: Callable[[int, int], None]
         Counts and times. The vectors never pass through this process.
 
     Raises:
+        ConfigError: See `plan_actors`.
         JobError: A step failed; what was committed before stays, and the next run goes on.
     """
     started, result = time.monotonic(), EmbedResult()
+    show_backlog(diff.todo_rows)
     pending: list[DataFile] = []
     last_commit = started
-    with ray_errors():
-        for row in _embed(task, diff) if diff.todo_rows else ():
-            pending.append(DataFile(row["path"], row["size_bytes"], row["rows"]))
-            _count(result, row)
-            if time.monotonic() - last_commit >= task.embed.commit_interval_s:
-                task.store.commit_embeddings(pending)
-                pending, last_commit = [], time.monotonic()
-            progress(result.embedded + result.rejected, result.rejected)
+    try:
+        with ray_errors(), closing(_embed(task, diff)) as rows:
+            for row in rows:
+                pending.append(DataFile(row["path"], row["size_bytes"], row["rows"]))
+                _count(result, row)
+                count_file(row)
+                show_backlog(diff.todo_rows - result.embedded - result.rejected)
+                if time.monotonic() - last_commit >= task.embed.commit_interval_s:
+                    written, pending = pending, []  # a commit that fails is not made again
+                    _commit(task, written)
+                    last_commit = time.monotonic()
+                progress(result.embedded + result.rejected, result.rejected)
+    except JobError:  # of one step; what others wrote is whole
+        _commit(task, pending)
+        raise
     if diff.counts.removed:
         pending += gather([_write_deletes.remote(task, ids) for ids in diff.removed])
-    pending = [file for file in pending if file.rows]
-    if pending:
-        task.store.commit_embeddings(pending)
+    _commit(task, pending)
     result.wall_s = time.monotonic() - started
     return result
+
+
+def _commit(task: EmbedTask, files: list[DataFile]) -> None:
+    files = [file for file in files if file.rows]
+    if files:
+        task.store.commit_embeddings(files)
 
 
 def _count(result: EmbedResult, row: dict[str, Any]) -> None:
     result.embedded += row["rows"] - row["rejected"]
     result.rejected += row["rejected"]
     result.written_bytes += row["size_bytes"]
-    for name in ("image_bytes", "images_embedded", "images_reused"):
+    for name in ("image_bytes", *COUNTS):
         setattr(result, name, getattr(result, name) + row[name])
     result.reasons.update(dict(zip(row["reason_names"], row["reason_counts"], strict=True)))
     for name in ("fetch_s", "decode_s", "tokenize_s", "embed_s", "write_s"):
         result.seconds[name] += row[name]
+    result.writes.append(read_write(row))
+    if len(result.writes) > 2 * MOST_SPANS:  # so that the driver's memory does not grow with them
+        result.writes = merge_writes(result.writes, MOST_SPANS)
 
 
-def _embed(task: EmbedTask, diff: Diff) -> Iterator[dict[str, Any]]:
-    most = task.embed.rows_per_file
-    return _written_files(task, *plan_work(diff, most if cluster_gpus() else min(most, CPU_ROWS)))
+def _embed(task: EmbedTask, diff: Diff) -> WrittenFiles:
+    if diff.todo_rows == 0:
+        return
+    actors = plan_actors(task.embed)
+    rows = piece_rows(task.embed, actors, diff.todo_rows)
+    yield from _written_files(task, actors, *plan_work(diff, rows))
 
 
-def probe_rows(task: EmbedTask, diff: Diff, rows: int) -> tuple[EmbedResult, int]:
+def probe_rows(task: EmbedTask, diff: Diff, rows: int, pieces: int) -> Iterator[EmbedResult]:
     """Embed some of what the diff names and commit nothing.
 
     Args:
         task: What to embed with; its store gets data files.
         diff: Which rows.
-        rows: How many, at most.
+        rows: How many a piece of work has, at most.
+        pieces: How many, at most.
 
-    Returns:
-        Counts and times, and how many actors a whole run would have.
+    Yields:
+        Counts and times of one written data file after another.
 
     Raises:
+        ConfigError: See `plan_actors`.
         JobError: A step failed.
     """
+    actors = plan_actors(task.embed)
     todo, work = plan_work(diff, rows)
-    result = EmbedResult()
-    with ray_errors():
-        for row in _written_files(task, todo, work[:1]):
+    with ray_errors(), closing(_written_files(task, actors, todo, work[:pieces])) as files:
+        for row in files:
+            result = EmbedResult()
             _count(result, row)
-    return result, task.embed.actors or cluster_gpus() or cluster_cpus()
+            yield result
 
 
 def _written_files(
-    task: EmbedTask, todo: list[Any], work: list[dict[str, int]]
-) -> Iterator[dict[str, Any]]:
+    task: EmbedTask, actors: Actors, todo: list[Any], work: list[dict[str, int]]
+) -> WrittenFiles:
     """Run the pipeline over pieces of work; yield one small row a written data file."""
     _set_data_context()
     task.store.embeddings()  # made if there is none: data files lie in its folder
     rows = task.embed.duplicate_cache_rows if task.shares_images else 0
-    with image_vectors(rows, task.space.dim) as handle:
-        yield from _run_steps(replace(task, image_vectors=handle), todo, work)
+    with image_vectors(rows, task.space.dim) as handle, telling_of_waits(actors):
+        yield from _run_steps(replace(task, image_vectors=handle), actors, todo, work)
 
 
 def _run_steps(
-    task: EmbedTask, todo: list[Any], work: list[dict[str, int]]
-) -> Iterator[dict[str, Any]]:
-    gpus = cluster_gpus()
-    actors = min(task.embed.actors or gpus or cluster_cpus(), len(work))
-    # On CPUs the same slots everywhere, so that Ray fuses decoding into the actors and no pixel
-    # crosses the object store; 0.75 leaves the writing tasks room. A GPU is fed by its own tasks.
-    reading = {"num_cpus": 1.0 if gpus else CPU_ACTOR_SLOTS}
-    embedding = {"num_gpus": 1} if gpus else reading
-    threads = 1 if gpus else max(1, cluster_cpus() // actors)
+    task: EmbedTask, actors: Actors, todo: list[Any], work: list[dict[str, int]]
+) -> WrittenFiles:
+    # On CPUs the same options everywhere, so that Ray fuses decoding into the actors and no pixel
+    # crosses the object store. A GPU is fed by its own tasks.
+    reading: dict[str, Any] = {"num_cpus": 1.0} if actors.gpus else actors.options
+    pool, size = _pool(task, actors, work)
+    threads = 1 if actors.gpus else task.embed.cpus_per_actor or max(1, cluster_cpus() // size)
     dataset: Dataset = (
         ray.data.from_items(work, override_num_blocks=len(work))
         .map_batches(
@@ -149,20 +183,32 @@ def _run_steps(
         .map_batches(
             Embedder,
             # On CPUs fused with preparing: what is counted then are pieces of work, not rows.
-            batch_size=task.embed.batch_size if gpus else None,
-            compute=ActorPoolStrategy(size=actors),
+            batch_size=task.embed.batch_size if actors.gpus else None,
+            compute=pool,
             fn_constructor_args=(task, threads),
-            **embedding,
+            **actors.options,
         )
         .map_batches(
             write_rows,
             # On CPUs a block is a piece of work, and is written as soon as it is embedded.
-            batch_size=task.embed.rows_per_file if gpus else None,
+            batch_size=task.embed.rows_per_file if actors.gpus else None,
             fn_kwargs={"task": task},
-            num_cpus=0.25,
+            num_cpus=SIDE_SLOTS,
         )
     )
     yield from dataset.iter_rows()
+
+
+def _pool(
+    task: EmbedTask, actors: Actors, work: list[dict[str, int]]
+) -> tuple[ActorPoolStrategy, int]:
+    """Return the pool and the actors that it begins with: no more than there is work for."""
+    most = len(work)
+    if actors.gpus:  # a GPU may have to be started: not for less than a file of rows
+        rows = sum(piece["stop"] - piece["start"] for piece in work)
+        most = -(-rows // task.embed.rows_per_file)
+    size = min(actors.count, most)
+    return ActorPoolStrategy(min_size=size, max_size=size if actors.fixed else most), size
 
 
 def plan_work(diff: Diff, most: int) -> tuple[list[Any], list[dict[str, int]]]:
@@ -189,7 +235,7 @@ def plan_work(diff: Diff, most: int) -> tuple[list[Any], list[dict[str, int]]]:
     return todo, pieces
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=SIDE_SLOTS)
 def _sort_todo(*parts: Records) -> Records:
     return sort_records(np.concatenate(parts), "unit", "vector_id")
 
@@ -200,11 +246,13 @@ def _write_deletes(task: EmbedTask, vector_ids: npt.NDArray[np.int64]) -> DataFi
 
 
 def _set_data_context() -> None:
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # here: its import sets the level anew
+    # Here: its import sets the level anew. What goes wrong reaches us as exceptions.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = DataContext.get_current()
     for name, value in (
         ("target_max_block_size", 32 * 2**20),
         ("max_errored_blocks", 0),  # bad rows are ours to keep, Ray would drop whole blocks
+        ("raise_original_map_exception", True),  # the wrapped one does not outlive its pickling
         ("enable_progress_bars", False),
         ("execution_no_progress_timeout_s", -1),
         ("print_on_execution_start", False),

@@ -3,7 +3,6 @@
 import ast
 import configparser
 import fnmatch
-import importlib.util
 import re
 import shlex
 import shutil
@@ -59,11 +58,6 @@ def ray_container(pod):
     return next(one for one in pod["containers"] if one["name"] == "ray")
 
 
-def wanted_workers(text):
-    """What a command line asks `await_workers.py` for: CPUs, GPUs."""
-    return [(int(c), int(g)) for c, g in re.findall(r"--cpus (\d+) --gpus (\d+) --", text)]
-
-
 # Ray's cluster launcher
 
 
@@ -88,11 +82,10 @@ def test_cluster_gpus_are_spot_and_start_from_none(cluster):
     assert nodes["cpu_index"]["resources"]["memory"] >= 64 * GIB
 
 
-def test_cluster_run_waits_for_one_machine_of_each_kind(cluster):
+def test_cluster_run_asks_for_the_gpus_that_may_start(cluster):
     nodes = cluster["available_node_types"]
-    cpus = sum(nodes[name]["resources"]["CPU"] for name in ("gpu_embed", "cpu_index"))
     text = read(ROOT / "ray_cluster.yaml")
-    assert wanted_workers(text) == [(cpus, 1)]
+    assert "--set embed.gpus_per_actor=1 " in text
     actors = int(re.findall(r"--set embed.actors=(\d+)", text)[0])
     assert actors == nodes["gpu_embed"]["max_workers"]
 
@@ -176,8 +169,7 @@ def test_rayjob_offers_what_the_configuration_asks_for(rayjob):
     assert config.ray.address == "auto"
     assert config.store.startswith("s3://")
     assert config.catalog.path.startswith("s3://")
-    cpus = sum(int(limits[name]["cpu"]) for name in ("gpu-embed", "cpu-index"))
-    assert wanted_workers(rayjob["spec"]["entrypoint"]) == [(cpus, 1)]
+    assert config.embed.gpus_per_actor == limits["gpu-embed"]["nvidia.com/gpu"]
 
 
 def test_every_pod_sees_the_configuration_and_ships_its_logs(rayjob):
@@ -281,17 +273,6 @@ def test_command_is_one_that_the_command_line_takes(line):
     read_config(DEPLOY / "kuberay" / "job.yaml", context.params.get("overrides") or ())
 
 
-def test_await_workers_tells_what_is_missing(local_ray):
-    path = DEPLOY / "await_workers.py"
-    spec = importlib.util.spec_from_file_location("await_workers", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.await_workers(cpus=1, gpus=0, timeout_s=0) is None
-    missing = module.await_workers(cpus=100_000, gpus=0, timeout_s=0)
-    assert "of 100000 CPUs and" in missing
-    assert "\n" not in missing
-
-
 @pytest.mark.parametrize("name", ["vitrine-refresh.service", "vitrine-refresh.timer"])
 def test_systemd_takes_the_unit(name, tmp_path):
     for path in (DEPLOY / "systemd").iterdir():
@@ -324,7 +305,7 @@ def test_cron_line_has_a_time_and_a_user():
 def said_by_the_code():
     """Every text of the sources; what a format fills in is an ellipsis."""
     texts = []
-    for path in (*(ROOT / "jobs").glob("*.py"), DEPLOY / "await_workers.py"):
+    for path in (ROOT / "jobs").glob("*.py"):
         for node in ast.walk(ast.parse(read(path))):
             if isinstance(node, ast.JoinedStr):
                 parts = [p.value if isinstance(p, ast.Constant) else "…" for p in node.values]

@@ -1,0 +1,146 @@
+"""What the embedding stage asks the cluster for: its actors, and how work is divided among them.
+
+GPUs, CPUs and memory by number, never a kind of machine. Where an autoscaler runs, waiting actors
+are what it starts machines for.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import ray
+from ray._private import worker as ray_worker
+from ray.exceptions import RayError
+
+from jobs.cluster import cluster_cpus, cluster_gpus
+from jobs.config import EmbedConfig
+from jobs.errors import ConfigError
+
+CPU_ACTOR_SLOTS = 0.75
+CPU_ROWS = 256  # some seconds: what a killed job loses beside the commit interval
+LEAST_ROWS = 16  # of a piece of work: fewer would cost more in files than in waiting
+PIECES_EACH = 4  # so that nobody waits long for the last piece
+ROOM_PATIENCE_S = 10.0
+MIB = 2**20
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Actors:
+    """What each embedding actor asks Ray for, and how many there are to begin with.
+
+    Attributes:
+        gpus: 0: it decodes and embeds on CPUs; else tasks of their own decode for it.
+        cpus: 0: none beside the GPU.
+        memory_mb: 0: none is asked for.
+        count: How many.
+        fixed: Whether there are never more; else as many as find room while the stage runs.
+    """
+
+    gpus: float
+    cpus: int
+    memory_mb: int
+    count: int = 1
+    fixed: bool = True
+
+    @property
+    def options(self) -> dict[str, float]:
+        """Ray's options of one actor."""
+        # On CPUs 0.75 leaves the writing tasks room.
+        cpus = self.cpus if self.gpus else CPU_ACTOR_SLOTS * self.cpus
+        asked = {"num_gpus": self.gpus, "num_cpus": cpus, "memory": self.memory_mb * MIB}
+        return {name: value for name, value in asked.items() if value}
+
+    def __str__(self) -> str:
+        """Say what one actor asks for."""
+        asked = (f"{self.gpus:g} GPU", f"{self.cpus} CPU", f"{self.memory_mb:,} MiB of memory")
+        return ", ".join(words for words in asked if not words.startswith("0 "))
+
+    def count_room(self) -> int:
+        """Return how many of them the machines that are there can hold."""
+        return sum(self._count_on(node["Resources"]) for node in ray.nodes() if node["Alive"])
+
+    def _count_on(self, offered: Mapping[str, float]) -> int:
+        asked = {"GPU": self.gpus, "CPU": self.cpus, "memory": self.memory_mb * MIB}
+        return min(int(offered.get(name, 0) / value) for name, value in asked.items() if value)
+
+
+def plan_actors(embed: EmbedConfig) -> Actors:
+    """Decide what embedding actors ask for, and how many a run begins with.
+
+    Args:
+        embed: How many are wanted, and what each asks for.
+
+    Raises:
+        ConfigError: This machine has no room for one; a cluster may yet get a machine that has.
+    """
+    gpus = embed.gpus_per_actor
+    gpus = float(cluster_gpus() > 0) if gpus is None else gpus
+    cpus = embed.cpus_per_actor or int(not gpus)
+    one = Actors(gpus=gpus, cpus=cpus, memory_mb=embed.memory_mb_per_actor or 0)
+    room, local = one.count_room(), _is_local()
+    if local and not room:
+        raise ConfigError(f"an embedding actor asks for {one} (embed.*_per_actor); {_machines()}")
+    count = min(embed.actors, room) if local and embed.actors else embed.actors or max(1, room)
+    return replace(one, count=count, fixed=local or embed.actors > 0)
+
+
+def _is_local() -> bool:
+    """Say whether Ray is this process's own: no machine will ever join it."""
+    node = ray_worker._global_node
+    return node is not None and node.is_head()
+
+
+def _machines() -> str:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = {
+        name: max((node.get(name, 0) for node in nodes), default=0)
+        for name in ("GPU", "CPU", "memory")
+    }
+    return (
+        f"the largest machines of the Ray cluster have {most['GPU']:g} GPU, {most['CPU']:g} CPU, "
+        f"{most['memory'] / MIB:,.0f} MiB"
+    )
+
+
+@contextmanager
+def telling_of_waits(actors: Actors) -> Iterator[None]:
+    """Say in one line that no machine has room for an actor, each time that it comes to that."""
+    over = threading.Event()
+    thread = threading.Thread(target=_tell_of_waits, args=(actors, over), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _tell_of_waits(actors: Actors, over: threading.Event) -> None:
+    waits = False
+    while not over.wait(ROOM_PATIENCE_S):
+        try:
+            waited, waits, machines = waits, actors.count_room() == 0, _machines()
+        except RayError:  # the head is gone: who waits for rows is told so
+            return
+        if waits and not waited:
+            asked = "vitrine: embedding waits for a machine with %s (embed.*_per_actor); %s"
+            _log.warning(asked, actors, machines)
+
+
+def piece_rows(embed: EmbedConfig, actors: Actors, rows: int) -> int:
+    """Return the most rows of a piece of work: few enough that everybody has some to do.
+
+    Args:
+        embed: Bounds them by its `rows_per_file`.
+        actors: Who embeds; with GPUs, CPU tasks prepare the pieces.
+        rows: Of the whole run.
+    """
+    if actors.gpus:
+        workers, most = cluster_cpus(), embed.rows_per_file
+    else:
+        workers, most = actors.count, min(embed.rows_per_file, CPU_ROWS)
+    rounds = min(PIECES_EACH, max(1, rows // (workers * LEAST_ROWS)))
+    return min(most, max(LEAST_ROWS, -(-rows // (workers * rounds))))

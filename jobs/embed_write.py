@@ -3,6 +3,7 @@
 Letters: N rows of a data file, D dimension.
 """
 
+import os
 import time
 import uuid
 from typing import Any
@@ -11,23 +12,25 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 
-from jobs.embed_steps import Batch, BoolArray, EmbedTask
+from jobs.embed_steps import PRECISIONS, Batch, BoolArray, EmbedTask
 from jobs.images import hash_limits
 from jobs.schemas import DELETE, EMBEDDING_FIELDS, EMBEDDINGS, REJECT, UPSERT
 from jobs.storage import storage_errors
 from jobs.store import DataFile, Store
 
 HASHES = ("image_hash", "text_hash", "etag_hash", "image_content")
-IMAGE_COUNTS = ("images_embedded", "images_reused")
+COUNTS = ("images_embedded", "images_reused", *(f"rows_{name}" for name in PRECISIONS))
 
 
 def write_rows(batch: Batch, *, task: EmbedTask) -> pa.Table:
     """Write one data file of the embeddings table; return one small row that describes it.
 
-    Among it, how many images went through the encoder, and how many have an equal one's vector.
+    Among it, how many images went through the encoder, and how many have an equal one's vector;
+    in which precision; and which process wrote it when.
     """
-    started = time.monotonic()
+    started, began_at = time.monotonic(), time.time()
     rows = len(batch["vector_id"])
     bad = np.array(batch["rejected"], bool)
     reasons = np.array(batch["reject_reason"], object)
@@ -59,7 +62,7 @@ def write_rows(batch: Batch, *, task: EmbedTask) -> pa.Table:
     )
     file = write_data_file(task.store, table, task.generation)
     names, counts = np.unique(reasons[bad].astype(str), return_counts=True)
-    sums = ("fetch_s", "decode_s", "tokenize_s", "embed_s", "image_bytes", *IMAGE_COUNTS)
+    sums = ("fetch_s", "decode_s", "tokenize_s", "embed_s", "image_bytes", *COUNTS)
     row = {name: [batch[name].sum()] for name in sums}
     described = {
         "path": [file.path],
@@ -68,7 +71,10 @@ def write_rows(batch: Batch, *, task: EmbedTask) -> pa.Table:
         "rejected": [int(bad.sum())],
         "reason_names": [names.tolist()],
         "reason_counts": [counts.tolist()],
+        "began_at": [began_at],
         "write_s": [time.monotonic() - started],
+        "node": [ray.util.get_node_ip_address()],
+        "pid": [os.getpid()],
     }
     return pa.table(row | described)
 

@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import ray
 import structlog
 
+from jobs import metrics
 from jobs.errors import StoreError
 from jobs.progress import Progress
 from jobs.storage import StorageError
@@ -38,7 +40,9 @@ class Run:
         run_id: Its name.
         store: What it writes to.
         parent: The newest release when it began.
-        stages: Of each stage: its name, seconds, and rows a second.
+        began_at: When it began, in seconds since 1970.
+        stages: Of each stage: its name, when it began in seconds after the run did, its seconds,
+            and rows a second. Of a step inside a stage, `began_s` is None.
     """
 
     def __init__(
@@ -52,7 +56,8 @@ class Run:
             progress: Shows what happens.
             writes: Whether it may write its log.
         """
-        self.run_id, self._writes = new_run_id(), writes
+        self.run_id, self._writes, self._shown = new_run_id(), writes, False
+        self.began_at, self._began = time.time(), time.monotonic()
         self.command, self.store, self.progress = command, store, progress
         self.parent: Release | None = store.current_release()
         self.stages: list[dict[str, Any]] = []
@@ -80,25 +85,56 @@ class Run:
         self.progress.stage(name)
         self._log = self._log.bind(stage=name)
         self.log("stage begins")
-        started, counted = time.monotonic(), {"rows": 0}
+        self._show_stage(name)
+        began_s, counted = self.elapsed_s(), {"rows": 0}
         try:
-            yield counted
+            with metrics.gauges_kept() if self._writes else contextlib.nullcontext():
+                yield counted
         except BaseException as error:
             self.log("stage failed", error=f"{type(error).__name__}: {error}")
+            self._count_stage(name, self.elapsed_s() - began_s, counted["rows"])
+            self.count("failed")
             if not isinstance(error, StorageError):  # each write would wait for it again
                 with contextlib.suppress(StoreError, OSError):  # the first error is what is told
                     self.write_log()
             raise
-        seconds = time.monotonic() - started
-        self.add_stage(name, seconds, counted["rows"])
+        seconds = self.elapsed_s() - began_s
+        self.add_stage(name, seconds, counted["rows"], began_s)
+        self._count_stage(name, seconds, counted["rows"])
         self.log("stage ends", seconds=round(seconds, 3), **counted)
         self._log = self._log.bind(stage=None)
         self.write_log()
 
-    def add_stage(self, name: str, seconds: float, rows: int) -> None:
-        """Record the seconds of a stage or of a step inside it."""
+    def add_stage(self, name: str, seconds: float, rows: int, began_s: float | None = None) -> None:
+        """Record the seconds of a stage, which has a beginning, or of a step inside it."""
         rate = rows / seconds if rows and seconds > 0 else None
-        self.stages.append({"stage": name, "seconds": seconds, "rows_per_s": rate})
+        stage = {"stage": name, "began_s": began_s, "seconds": seconds, "rows_per_s": rate}
+        self.stages.append(stage)
+
+    def elapsed_s(self) -> float:
+        """Return the seconds since the run began."""
+        return time.monotonic() - self._began
+
+    def count(self, outcome: metrics.Outcome) -> None:
+        """Count the run as ended."""
+        if self._writes:
+            metrics.count_run(self.command, outcome)
+
+    def _show_stage(self, name: str) -> None:
+        """Show that a stage runs; once, what the run follows, and tell where to scrape."""
+        if not self._writes:
+            return
+        if not self._shown and ray.is_initialized():
+            self._shown = True
+            metrics.begin_run()
+            self.log("metrics", addresses=metrics.scrape_addresses())
+            if self.parent is not None:  # its age shows in each run, those that fail, too
+                metrics.show_release(self.parent)
+        metrics.begin_stage(self.command, name)
+
+    def _count_stage(self, name: str, seconds: float, rows: int) -> None:
+        if self._writes:
+            metrics.end_stage(self.command, name, seconds, rows)
 
     def new_generation(self, newest: int) -> int:
         """Return the number of the rows that this run will append.

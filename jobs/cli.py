@@ -20,9 +20,10 @@ from jobs.cli_options import (
     SetOption,
     load_config,
     print_json,
-    print_preview,
     print_result,
 )
+from jobs.cli_plan import app as plan_commands
+from jobs.cli_plan import print_preview
 from jobs.cli_store import app as store_commands
 from jobs.errors import JobError
 from jobs.progress import Progress
@@ -35,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(store_commands)
+app.add_typer(plan_commands)
 
 
 def _version(wanted: bool) -> None:

@@ -1,29 +1,39 @@
-"""`refresh --dry-run`: what a refresh would do, and what it would take; nothing is changed."""
+"""`plan` and `refresh --dry-run`: what a run would do and take; no row and no release is changed.
 
-import shutil
-from dataclasses import dataclass
+`plan` keeps what it made as `runs/<run>/plan.json`; a dry run keeps nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from jobs.catalog import Catalog
-from jobs.cluster import gather
+from jobs.cluster import gather, ray_session
 from jobs.config import JobConfig
 from jobs.diff import Diff
-from jobs.embed import probe_rows
-from jobs.embed_steps import EmbedTask
-from jobs.errors import StoreError
+from jobs.errors import ConfigError
+from jobs.files import list_files
+from jobs.inputs import made_encoder, open_catalog, read_fusion
 from jobs.items import read_unit
-from jobs.pipeline import describe_counts
+from jobs.pipeline import compare, describe_counts
+from jobs.plan import Calibration, make_plan, read_given, work_of
+from jobs.plan_cluster import Cluster, add_prices, live_cluster, read_cluster
+from jobs.plan_index import FieldPlan, IndexRates
+from jobs.plan_probe import probe_embedding, probe_indexes
+from jobs.plan_rates import EmbedRate
+from jobs.plan_truth import write_plan
+from jobs.progress import Progress
 from jobs.run import Run
 from jobs.schemas import vector_id
-from jobs.space import VectorSpace
+from jobs.space import VectorSpace, resolve_fields
 from jobs.state import read_data_file
-from jobs.store import Store, scratch_folder
+from jobs.store import Store
 
-PROBE_ROWS = 64
-PAST_RELEASES = 20
+KEPT = ("embeddings", "indexes", "checkpoints")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +46,8 @@ class Preview:
         examples: Kind to product ids.
         to_embed: Rows that would be embedded.
         up_to_date: Whether the newest release shows the catalog as it is.
-        estimate: seconds of embedding and of the rest, image_bytes to fetch, written_bytes of
-            the embeddings table, and in words what they are taken from; null where unknown.
+        plan: See `jobs.plan.Plan`.
+        address: Of the plan that was written; empty: none was.
     """
 
     rows: int
@@ -46,24 +56,85 @@ class Preview:
     examples: dict[str, list[str]]
     to_embed: int
     up_to_date: bool
-    estimate: dict[str, Any]
+    plan: dict[str, Any]
+    address: str = ""
+
+
+def plan_run(
+    config: JobConfig,
+    progress: Progress,
+    *,
+    cluster: Path | None = None,
+    workers: Sequence[str] = (),
+    prices: Sequence[str] = (),
+) -> Preview:
+    """Plan the next refresh, or the reindex that another encoder asks for, and keep the plan.
+
+    Args:
+        config: The job.
+        progress: Shows what happens.
+        cluster: A Ray cluster file, for whose machines it is planned; None: those of Ray.
+        workers: See `jobs.plan_cluster.read_cluster`.
+        prices: See `jobs.plan_cluster.add_prices`.
+
+    Raises:
+        ConfigError: Cluster file, workers or prices can't be used.
+        JobError: As a refresh, before anything is embedded; or a step of a calibration failed.
+    """
+    if workers and cluster is None:
+        raise ConfigError("--workers counts the machines of a cluster file: name it by --cluster")
+    planned = None if cluster is None else add_prices(read_cluster(cluster, workers), prices)
+    run = Run("plan", Store(config.store), progress, writes=False)
+    fields = resolve_fields(config.embed, read_fusion(config.encoder))
+    catalog = open_catalog(config.catalog, fields)
+    with made_encoder(config, run.store) as (directory, space), ray_session(config.ray):
+        planned = planned or add_prices(live_cluster(config.ray.address), prices)
+        diff = compare(run, config, catalog, space)
+        preview = make_preview(run, config, catalog, diff, (directory, space), planned)
+        with run.stage("write the plan"):
+            address = write_plan(run, config, space, preview.plan)
+    return replace(preview, address=address)
 
 
 def make_preview(
-    run: Run, config: JobConfig, catalog: Catalog, diff: Diff, encoder: tuple[Path, VectorSpace]
+    run: Run,
+    config: JobConfig,
+    catalog: Catalog,
+    diff: Diff,
+    encoder: tuple[Path, VectorSpace],
+    cluster: Cluster | None = None,
 ) -> Preview:
-    """Describe a diff and estimate what it takes.
+    """Describe a diff and plan what it takes.
 
     Args:
-        run: The run, which writes nothing.
+        run: The run.
         config: The job.
         catalog: The checked catalog.
         diff: What was found.
         encoder: Folder of the checkpoint, and what the job makes of it.
+        cluster: The machines of a whole plan; None: those of Ray, and a short plan, for which no
+            index is calibrated and nothing is written.
 
     Raises:
-        JobError: A step of the probe failed.
+        JobError: A step of the calibration failed.
     """
+    short, live = cluster is None, live_cluster(config.ray.address)
+    planned = cluster or live
+    other = run.parent is not None and run.parent.encoder != encoder[1].encoder
+    parent = None if other else run.parent
+    command = "reindex" if other else "refresh"
+    work = work_of(diff, catalog.rows, parent, command=command)
+    given = read_given(run, config, encoder[1], planned, work)
+    given = replace(
+        given,
+        weights_bytes=sum(one.stat().st_size for one in encoder[0].rglob("*") if one.is_file()),
+        store_bytes=None if short else _store_bytes(run.store),
+    )
+    embeds = partial(_calibrate, run, config, catalog, diff, encoder, live, planned)
+    indexes = None if short else partial(_calibrate_indexes, run, seed=config.index.seed)
+    # A dry run writes nothing, and machines of a cluster share nothing but the store.
+    dry = short and config.ray.address is not None
+    plan = make_plan(given, None if dry else Calibration(embed=embeds, index=indexes))
     return Preview(
         rows=diff.plan.rows,
         release=run.parent.version if run.parent else None,
@@ -71,8 +142,36 @@ def make_preview(
         examples=_name_examples(catalog, run.store, diff),
         to_embed=diff.todo_rows,
         up_to_date=diff.up_to_date,
-        estimate=_estimate(run, config, catalog, diff, encoder),
+        plan=asdict(plan),
     )
+
+
+def _calibrate(
+    run: Run,
+    config: JobConfig,
+    catalog: Catalog,
+    diff: Diff,
+    encoder: tuple[Path, VectorSpace],
+    live: Cluster,
+    planned: Cluster,
+) -> EmbedRate | None:
+    """Embed some rows, unless the planned machines embed on another kind than those of now."""
+    embed = config.embed
+    if bool(live.embedders(embed).gpus) != bool(planned.embedders(embed).gpus):
+        return None
+    with run.stage("calibrate embedding"):
+        return probe_embedding(run, config, catalog, diff, encoder, live)
+
+
+def _calibrate_indexes(run: Run, plans: list[FieldPlan], *, seed: int) -> dict[str, IndexRates]:
+    if not plans:
+        return {}
+    with run.stage("calibrate indexes"):
+        return probe_indexes(plans, seed)
+
+
+def _store_bytes(store: Store) -> int:
+    return sum(file.size_bytes for folder in KEPT for file in list_files(store, folder))
 
 
 def _name_examples(catalog: Catalog, store: Store, diff: Diff) -> dict[str, list[str]]:
@@ -106,79 +205,3 @@ def _read_name(catalog: Catalog, wanted: int, unit: int) -> str:
                 if number is not None:
                     return f"{name} (image {number})"
     return f"vector id {wanted}"
-
-
-def _estimate(
-    run: Run, config: JobConfig, catalog: Catalog, diff: Diff, encoder: tuple[Path, VectorSpace]
-) -> dict[str, Any]:
-    rows, space = diff.todo_rows, encoder[1]
-    past = _past_run(run, space)
-    if past is None and rows and config.ray.address is None:
-        past = _probe(config, catalog, diff, encoder)
-    if past is None:
-        unknown = "nothing to embed" if not rows else "no earlier run has embedded anything"
-        return {"embed_s": None if rows else 0.0, "rest_s": None, "from": unknown} | dict.fromkeys(
-            ("image_bytes", "written_bytes")
-        )
-    return {
-        "embed_s": rows * past["s_per_row"],
-        "rest_s": past["rest_s"],
-        "image_bytes": round(rows * past["image_bytes_per_row"]),
-        "written_bytes": round(rows * past["written_bytes_per_row"]),
-        "from": past["from"],
-    }
-
-
-def _past_run(run: Run, space: VectorSpace) -> dict[str, Any] | None:
-    """Return the rates of the run of this encoder, among the newest, that embedded most rows."""
-    best: dict[str, Any] | None = None
-    for release in run.store.releases()[:PAST_RELEASES]:
-        if release.encoder != space.encoder:
-            continue
-        try:
-            report = run.store.read_json("runs", release.run, "report.json")
-        except StoreError:  # gc removes old reports
-            continue
-        rows = report.get("embedded", 0)
-        if rows and (best is None or rows > best["rows"]):
-            stages = {one["stage"]: one["seconds"] for one in report["stages"]}
-            rest = [s for name, s in stages.items() if not name.startswith("embed")]
-            best = {
-                "rows": rows,
-                "s_per_row": report["embed_s"] / rows,
-                "rest_s": sum(rest),
-                "image_bytes_per_row": report["image_bytes"] / rows,
-                "written_bytes_per_row": report["written_bytes"] / rows,
-                "from": f"run {release.run}, which embedded {rows:,} rows",
-            }
-    return best
-
-
-def _probe(
-    config: JobConfig, catalog: Catalog, diff: Diff, encoder: tuple[Path, VectorSpace]
-) -> dict[str, Any]:
-    """Embed some of the rows into a temporary folder, and return the rates."""
-    directory, space = encoder
-    scratch = scratch_folder("probe")
-    try:
-        store = Store(str(scratch))
-        store.add_checkpoint(directory, space.encoder)
-        task = EmbedTask(
-            catalog=catalog,
-            images=config.images,
-            embed=config.embed,
-            store=store,
-            space=space,
-            generation=1,
-        )
-        found, actors = probe_rows(task, diff, PROBE_ROWS)
-    finally:
-        shutil.rmtree(scratch)
-    rows = found.embedded + found.rejected
-    return {
-        "s_per_row": sum(found.seconds.values()) / rows / actors,
-        "rest_s": None,
-        "image_bytes_per_row": found.image_bytes / rows,
-        "written_bytes_per_row": found.written_bytes / rows,
-        "from": f"a probe of {rows} rows on this machine",
-    }

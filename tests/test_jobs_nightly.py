@@ -210,9 +210,10 @@ def test_dry_run_before_the_first_build(empty):
     before = preview_refresh(empty.config(), QUIET)
     assert isinstance(before, Preview)
     assert (before.release, before.to_embed, before.counts["new"]) == (None, PRODUCTS, PRODUCTS)
-    assert before.estimate["embed_s"] > 0
-    assert before.estimate["written_bytes"] > 0
-    assert "a probe" in before.estimate["from"]
+    embed = next(one for one in before.plan["stages"] if one["stage"] == "embed")
+    assert embed["seconds"] > 0
+    assert "a calibration" in embed["source"]
+    assert before.plan["bytes"]["table"]["value"] > 0
     assert not (empty.folder / "store").exists()
 
 
@@ -230,7 +231,7 @@ def test_dry_run_tells_and_changes_nothing(shop, rows):
     assert preview.examples["removed"] == [removed]
     assert preview.examples["changed"] == [rows[1]["product_id"]]
     assert len(preview.examples["metadata"]) == 3
-    assert f"{PRODUCTS} rows" in preview.estimate["from"]
+    assert f"{PRODUCTS} rows" in preview.plan["bytes"]["table"]["source"]
     assert sorted(str(p) for p in (shop.folder / "store").rglob("*")) == files
     json.dumps(preview.__dict__)
 

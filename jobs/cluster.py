@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray import exceptions
+from ray._private import state as ray_state
 from ray._private import worker as ray_worker
 
 from jobs.config import RayConfig
@@ -52,6 +53,12 @@ HOST_AND_PORT = re.compile(r"[^/:]+:\d+|\[[^/]+\]:\d+")
 
 GOES_ON = "what was committed stays, and the next run goes on from there"
 LESS = "if it happens again, try fewer embed.actors, a smaller embed.batch_size or ray.bucket_rows"
+
+
+class LostError(JobError):
+    """A process or machine of the cluster died, and what it held or did is lost."""
+
+
 # What Ray says when a process or machine ends that no error of our code has ended.
 CRASHES: tuple[tuple[type[BaseException], str], ...] = (
     (exceptions.OutOfMemoryError, f"Ray killed a worker as memory ran out; {GOES_ON}; {LESS}"),
@@ -67,15 +74,11 @@ CRASHES: tuple[tuple[type[BaseException], str], ...] = (
     ),
 )
 # What says that a task was lost with its process or machine.
-LOST = (
-    exceptions.OutOfMemoryError,
-    exceptions.WorkerCrashedError,
-    exceptions.NodeDiedError,
-    exceptions.ObjectLostError,
-)
+LOST = (exceptions.WorkerCrashedError, exceptions.NodeDiedError, exceptions.ObjectLostError)
 TRIES = 4  # as Ray's own tasks have
 CANNOT_START = (OSError, OverflowError, RuntimeError, ValueError, exceptions.RayError)
 # How Ray quotes our error where an actor's own start raised it: it keeps the words alone.
+QUOTED_RAY = re.compile(r"^ray\.exceptions\.(\w+): ", re.MULTILINE)
 QUOTED_ERROR = re.compile(r"^jobs\.(?:errors|storage)\.\w+: (.+)$", re.MULTILINE)
 
 
@@ -290,7 +293,7 @@ def watch(start: Callable[[], Any], waiting: str, progress: Callable[[str], None
         for _ in range(TRIES - 1):
             try:
                 return _follow(start(), waiting, progress)
-            except LOST as error:
+            except (exceptions.OutOfMemoryError, *LOST) as error:
                 progress(f"try again: {one_line(_crash(error) or error)}")
         return _follow(start(), waiting, progress)
 
@@ -327,14 +330,28 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _crash(error: BaseException) -> JobError | None:
     """Say what died, if that is what Ray tells; or what an actor's start raised, if it is ours."""
     if isinstance(error, exceptions.RayActorError) and error.actor_init_failed:
-        quoted = QUOTED_ERROR.findall(str(error))
-        return JobError(quoted[-1]) if quoted else None
-    return next((JobError(words) for kind, words in CRASHES if isinstance(error, kind)), None)
+        if quoted := QUOTED_ERROR.findall(str(error)):
+            return JobError(quoted[-1])
+        kinds = [getattr(exceptions, name, None) for name in QUOTED_RAY.findall(str(error))]
+        lost = any(kind and issubclass(kind, exceptions.ObjectLostError) for kind in kinds)
+        return LostError(f"an actor could not start again; {GOES_ON}") if lost else None
+    made = LostError if isinstance(error, (exceptions.RayActorError, *LOST)) else JobError
+    return next((made(words) for kind, words in CRASHES if isinstance(error, kind)), None)
+
+
+def live_nodes() -> list[dict[str, Any]]:
+    """List the machines that take work, as Ray describes them; none that is drained."""
+    drained = ray_state.state.get_draining_nodes()
+    return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in drained]
+
+
+def _count_resource(name: str) -> int:
+    return int(sum(node["Resources"].get(name, 0) for node in live_nodes()))
 
 
 def cluster_cpus() -> int:
     """Return the number of CPUs of the whole cluster, at least 1."""
-    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+    return max(1, _count_resource("CPU"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,7 +375,7 @@ def find_room(memory: int, *, gpus: int = 0) -> Room:
             its memory returned: a task that asks for more would wait for ever.
         gpus: How many the machine must have, if any has.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in live_nodes()]
     nodes = [node for node in nodes if node.get("CPU", 0) >= 1] or [{"CPU": 1}]
     nodes = [node for node in nodes if node.get("GPU", 0) >= gpus] or nodes
     offered = [int(node.get("memory", memory)) for node in nodes]  # a node need not say
@@ -370,4 +387,4 @@ def find_room(memory: int, *, gpus: int = 0) -> Room:
 
 def cluster_gpus() -> int:
     """Return the number of GPUs of the whole cluster."""
-    return int(ray.cluster_resources().get("GPU", 0))
+    return _count_resource("GPU")

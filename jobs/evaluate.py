@@ -15,6 +15,7 @@ from jobs.cluster import ray_session
 from jobs.config import JobConfig
 from jobs.errors import CatalogError, ConfigError
 from jobs.exact import release_rows, search_release
+from jobs.machines import check_shared
 from jobs.progress import Progress
 from jobs.queries import KEY, QueryFile, read_queries
 from jobs.report import write_evaluation
@@ -92,6 +93,8 @@ def evaluate(
     catalog_root = read_catalog(config.catalog, need_images=False, need_text=False).root
     file = read_queries(config.evaluate)
     with ray_session(config.ray):
+        manifest = store.uri("indexes", release.indexes, "manifest.json")
+        check_shared([manifest, config.evaluate.queries, catalog_root])
         named = f"release {release.version}" if candidate is None else f"candidate {candidate}"
         progress.stage(f"ask {named} {len(file.queries):,} queries")
         answers = ask_release(

@@ -25,6 +25,7 @@ from jobs.export_layout import ExportOptions, Layout, resolve_layout, vector_col
 from jobs.export_rows import Found, describe_source, find_rows, open_source
 from jobs.export_serving import SERVING, copy_serving
 from jobs.leases import hold_lease
+from jobs.machines import check_shared
 from jobs.progress import Progress
 from jobs.storage import storage_errors
 from jobs.store import Release, Store, new_run_id
@@ -80,7 +81,9 @@ def export(config: JobConfig, options: ExportOptions, progress: Progress) -> Exp
         release = store.release(release.version)
         manifest = store.read_json("indexes", release.indexes, "manifest.json")
         source = open_source(store, release, manifest)
+        _make_folder(target)
         with ray_session(config.ray):
+            check_shared([store.uri("indexes", release.indexes, "manifest.json"), target.root])
             progress.stage(f"find the rows of release {release.version}")
             described = describe_source(source)
             product = _product_column(manifest)
@@ -128,6 +131,13 @@ def check_target(store: Store, target: Store) -> None:
         done = filesystem.exists(target.uri(MANIFEST))
     what = "an export" if done else f"no whole export: it has no {MANIFEST}"
     raise JobError(f"{target.root} is not empty ({what}); empty it, or name a new folder")
+
+
+def _make_folder(target: Store) -> None:
+    """Make a local target, so that each machine of a cluster can be asked whether it is there."""
+    if target.is_local:
+        with storage_errors(target.root, "written"):
+            Path(target.root).mkdir(parents=True, exist_ok=True)
 
 
 def _product_column(manifest: dict[str, Any]) -> str:

@@ -3,24 +3,33 @@
 What `refresh` runs, and `reindex` where the encoder is another one.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from jobs.build import BuildTask, build_version
 from jobs.catalog import Catalog
-from jobs.config import JobConfig
+from jobs.config import EmbedConfig, JobConfig
+from jobs.contract import allowed_precision
 from jobs.diff import Counts, Diff, compare_with_store, read_retry
 from jobs.embed import EmbedResult, embed_rows
 from jobs.embed_steps import EmbedTask
 from jobs.errors import FingerprintError
 from jobs.gate import Built
 from jobs.inputs import add_encoder, open_catalog, read_fusion
+from jobs.leases import FILE as LEASE
 from jobs.live import join_live
+from jobs.machines import check_shared, without_cut_off
+from jobs.plan import work_of
+from jobs.plan_truth import compare_plan, plan_of_run
 from jobs.publish import Changes, RunResult, conclude
 from jobs.report import write_idle_report
 from jobs.run import Run
 from jobs.space import VectorSpace, resolve_fields
+from jobs.storage import open_filesystem
 from jobs.store import Release
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +57,23 @@ def open_inputs(config: JobConfig, run: Run) -> Inputs:
     catalog = open_catalog(config.catalog, fields)
     space, contract = add_encoder(config, run.store)
     return Inputs(config=config, catalog=catalog, space=space, contract=contract)
+
+
+def on_machines(run: Run, inputs: Inputs, work: Callable[[], Result]) -> Result:
+    """Do a run's work on machines that all reach the store and the catalog.
+
+    Args:
+        run: The run; it holds its lease.
+        inputs: What it starts from.
+        work: Goes on from what is committed, however often it is begun.
+
+    Raises:
+        JobError: The work's own; or a machine does not see a local folder that the driver sees.
+    """
+    lease, catalog = run.store.uri("runs", run.run_id, LEASE), inputs.catalog
+    first = open_filesystem(catalog.root)[0].unstrip_protocol(catalog.files[0])
+    check_shared([lease, first, inputs.config.evaluate.queries])
+    return without_cut_off(work, [lease, first])
 
 
 def check_same_encoder(run: Run, space: VectorSpace) -> None:
@@ -115,20 +141,29 @@ def refresh_catalog(run: Run, inputs: Inputs, *, publish: bool = True) -> RunRes
     """
     config = inputs.config
     diff = compare(run, config, inputs.catalog, inputs.space)
-    if diff.up_to_date and run.parent and _builds_the_same(run, run.parent, config):
-        return _nothing_to_do(run, run.parent, diff)
+    work = work_of(diff, inputs.catalog.rows, _parent_of(run, inputs.space), command=run.command)
+    idle = diff.up_to_date and run.parent and _builds_the_same(run, run.parent, config)
+    plan = plan_of_run(run, config, inputs.space, replace(work, idle=bool(idle)))
+    if idle and run.parent:
+        return _nothing_to_do(run, run.parent, diff, plan)
     task = EmbedTask(
         catalog=inputs.catalog,
         images=config.images,
-        embed=config.embed,
+        embed=_choose_precision(config.embed, inputs.contract),
         store=run.store,
         space=inputs.space,
         generation=run.new_generation(diff.counts.generation),
     )
     embedded = _embed(run, task, diff)
-    build, built = _build(run, inputs, diff)
-    changes = Changes(counts=diff.counts, embedded=embedded)
+    build, built = _build(run, inputs, diff, embedded.precisions)
+    changes = Changes(counts=diff.counts, embedded=embedded, plan=plan)
     return conclude(run, build, built, changes, publish=publish)
+
+
+def _choose_precision(embed: EmbedConfig, contract: dict[str, Any]) -> EmbedConfig:
+    """Leave "auto" to the actors' machines only where bf16 keeps the vectors' directions."""
+    allowed = allowed_precision(contract) if embed.precision == "auto" else embed.precision
+    return embed.model_copy(update={"precision": allowed})
 
 
 def _builds_the_same(run: Run, parent: Release, config: JobConfig) -> bool:
@@ -147,7 +182,9 @@ def _embed(run: Run, task: EmbedTask, diff: Diff) -> EmbedResult:
     return result
 
 
-def _build(run: Run, inputs: Inputs, diff: Diff) -> tuple[BuildTask, Built]:
+def _build(
+    run: Run, inputs: Inputs, diff: Diff, precisions: tuple[str, ...]
+) -> tuple[BuildTask, Built]:
     with run.stage("find the live rows") as counted:
         version = run.store.embeddings().version()
         live = join_live(
@@ -167,14 +204,17 @@ def _build(run: Run, inputs: Inputs, diff: Diff) -> tuple[BuildTask, Built]:
         live=live,
         plan=diff.plan,
         version=version,
+        precisions=precisions,
     )
     return task, build_version(run, task)
 
 
-def _nothing_to_do(run: Run, parent: Release, diff: Diff) -> RunResult:
+def _nothing_to_do(run: Run, parent: Release, diff: Diff, plan: dict[str, Any]) -> RunResult:
     """Report that the newest release already shows the catalog as it is."""
     run.log("nothing to do", release=parent.version)
-    address = write_idle_report(run.store, run.run_id, parent, run.stages)
+    run.count("idle")
+    beside = compare_plan(plan, {"run": run.run_id, "stages": run.stages})
+    address = write_idle_report(run, parent, beside)
     run.write_log()
     return RunResult(
         release=parent.version,

@@ -4,14 +4,20 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from jobs import metrics
 from jobs.build import BuildTask
 from jobs.diff import Counts
 from jobs.embed import EmbedResult
 from jobs.errors import GateError, StoreError
 from jobs.gate import Built, check_gate, release_quality
+from jobs.plan import Work as PlannedWork
+from jobs.plan_cluster import live_cluster
+from jobs.plan_rates import describe_cluster
+from jobs.plan_truth import compare_plan, plan_of_run
 from jobs.report import write_report
 from jobs.run import Run
 from jobs.store import Release
+from jobs.trace import write_trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +49,16 @@ class RunResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Changes:
-    """What a run changed in the table before it built; all zero for a reindex."""
+    """What a run changed in the table before it built; all zero for a reindex.
+
+    Attributes:
+        plan: See `jobs.plan_truth.plan_of_run`; None: of a reindex, whose plan is made at its end
+            of what was known before.
+    """
 
     counts: Counts
     embedded: EmbedResult
+    plan: dict[str, Any] | None = None
 
 
 def conclude(
@@ -68,12 +80,14 @@ def conclude(
     rows = built.live.rows.vectors + built.live.rows.rejected
     failures = check_gate(task.config.gate, rows, built, run.parent)
     work = _work(run, task, changes.embedded)
+    plan = changes.plan or plan_of_run(run, task.config, task.space, _work_of_reindex(built))
     release = _make_release(run, task, built, rows, work)
     published = publish and not failures
     if published:
         run.store.publish(release)
     elif built.indexes:
         run.store.write_json(asdict(release), "indexes", run.run_id, "release.json")
+    _tell_metrics(run, built, release, failures, published=published)
     number = release.version if published else None
     run.log("gate", failures=failures, published=published, release=number)
     before = run.parent.version if run.parent else 0
@@ -100,7 +114,9 @@ def conclude(
         "stages": run.stages,
         "config": task.config.model_dump(mode="json"),
     }
-    address = _write_report(run, task, built, report)
+    report["cluster"] = describe_cluster(live_cluster(task.config.ray.address), task.config.embed)
+    report["plan"] = compare_plan(plan, report)
+    address = _write_report(run, task, built, changes.embedded, report)
     if failures:
         raise GateError(failures, address)
     return RunResult(
@@ -122,10 +138,35 @@ def conclude(
     )
 
 
-def _write_report(run: Run, task: BuildTask, built: Built, report: dict[str, Any]) -> str:
-    """Write report and log; after the commit a fault there must not look like a failed run."""
+def _work_of_reindex(built: Built) -> PlannedWork:
+    rows = built.live.rows
+    return PlannedWork(
+        command="reindex",
+        to_embed=0,
+        rows=rows.vectors + rows.rejected,
+        live=rows.vectors,
+        products=rows.products,
+        rebuilds=True,
+    )
+
+
+def _tell_metrics(
+    run: Run, built: Built, release: Release, failures: list[str], *, published: bool
+) -> None:
+    found = {index.field: index.measured.intersection_at_10 for index in built.indexes}
+    metrics.show_gate(len(failures), found)
+    if published:
+        metrics.show_release(release)
+    run.count("published" if published else "gate" if failures else "candidate")
+
+
+def _write_report(
+    run: Run, task: BuildTask, built: Built, embedded: EmbedResult, report: dict[str, Any]
+) -> str:
+    """Write trace, report, log; after the commit a fault there must not look like a failed run."""
     root, sheet = task.catalog.root, built.measured.sheet
     try:
+        report["time"] = write_trace(run, embedded.writes, embedded.seconds)
         address = write_report(run.store, run.run_id, report, sheet, root, task.config.images)
         run.write_log()
     except StoreError as error:
@@ -186,6 +227,8 @@ def describe_changes(changes: Changes) -> dict[str, Any]:
         "rejected_in_run": embedded.rejected,
         "images_embedded": embedded.images_embedded,
         "images_reused": embedded.images_reused,
+        "rows_fp32": embedded.rows_fp32,
+        "rows_bf16": embedded.rows_bf16,
         "image_bytes": embedded.image_bytes,
         "written_bytes": embedded.written_bytes,
     }

@@ -4,7 +4,13 @@ from jobs.cluster import ray_session
 from jobs.config import JobConfig
 from jobs.inputs import made_encoder, open_catalog, read_fusion
 from jobs.leases import hold_lease
-from jobs.pipeline import check_same_encoder, compare, open_inputs, refresh_catalog
+from jobs.pipeline import (
+    check_same_encoder,
+    compare,
+    on_machines,
+    open_inputs,
+    refresh_catalog,
+)
 from jobs.preview import Preview, make_preview
 from jobs.progress import Progress
 from jobs.publish import RunResult
@@ -32,7 +38,7 @@ def refresh(config: JobConfig, progress: Progress) -> RunResult:
         inputs = open_inputs(config, run)
         check_same_encoder(run, inputs.space)
         with ray_session(config.ray):
-            return refresh_catalog(run, inputs)
+            return on_machines(run, inputs, lambda: refresh_catalog(run, inputs))
 
 
 def preview_refresh(config: JobConfig, progress: Progress) -> Preview:
@@ -48,7 +54,7 @@ def preview_refresh(config: JobConfig, progress: Progress) -> Preview:
     run = Run("refresh", Store(config.store), progress, writes=False)
     fields = resolve_fields(config.embed, read_fusion(config.encoder))
     catalog = open_catalog(config.catalog, fields)
-    with made_encoder(config) as (directory, space):
+    with made_encoder(config, run.store) as (directory, space):
         check_same_encoder(run, space)
         with ray_session(config.ray):
             diff = compare(run, config, catalog, space)

@@ -8,7 +8,7 @@ from jobs.embed import EmbedResult
 from jobs.errors import StoreError
 from jobs.exact import release_live
 from jobs.leases import hold_lease
-from jobs.pipeline import Inputs, open_inputs, refresh_catalog
+from jobs.pipeline import Inputs, on_machines, open_inputs, refresh_catalog
 from jobs.progress import Progress
 from jobs.publish import Changes, RunResult, conclude
 from jobs.run import Run
@@ -38,9 +38,9 @@ def reindex(config: JobConfig, progress: Progress, *, publish: bool = True) -> R
     with hold_lease(run.store, run.run_id, run.parent):
         inputs = open_inputs(config, run)
         with ray_session(config.ray):
-            if run.parent.encoder != inputs.space.encoder:
-                return refresh_catalog(run, inputs, publish=publish)
-            return _rebuild(run, inputs, publish=publish)
+            same = run.parent.encoder == inputs.space.encoder
+            work = _rebuild if same else refresh_catalog
+            return on_machines(run, inputs, lambda: work(run, inputs, publish=publish))
 
 
 def _rebuild(run: Run, inputs: Inputs, *, publish: bool) -> RunResult:

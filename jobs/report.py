@@ -15,7 +15,9 @@ from jobs.fetch import fetch_images
 from jobs.images import ImageRejected, ImagesConfig, decode_image
 from jobs.plots import Line, draw_lines
 from jobs.queries import SearchedQuery
+from jobs.run import Run
 from jobs.store import Release, Store
+from jobs.trace import write_trace
 
 THUMBNAIL_PX = 160
 SHEET_RESULTS = 5
@@ -95,22 +97,27 @@ def _line(curve: Sequence[dict[str, Any]], key: str) -> Line:
     return [one["cost"] / 1e3 for one in curve], [one[key] for one in curve]
 
 
-def write_idle_report(
-    store: Store, run: str, release: Release, stages: list[dict[str, Any]]
-) -> str:
+def write_idle_report(run: Run, release: Release, plan: dict[str, Any]) -> str:
     """Write the report of a run that found nothing to do.
 
     Args:
-        store: The store.
-        run: The run's id.
+        run: The run.
         release: The newest release, which shows the catalog as it is.
-        stages: What was done to find that out.
+        plan: See `jobs.plan_truth.compare_plan`.
 
     Returns:
         Address of report.html.
     """
-    report = asdict(release) | {"run": run, "published": False, "stages": stages, "embedded": 0}
-    return render_report(store, run, "idle.html", report | {"release": release.version})
+    report = asdict(release) | {
+        "run": run.run_id,
+        "release": release.version,
+        "published": False,
+        "stages": run.stages,
+        "embedded": 0,
+        "plan": plan,
+        "time": write_trace(run, (), {}),
+    }
+    return render_report(run.store, run.run_id, "idle.html", report)
 
 
 def write_evaluation(

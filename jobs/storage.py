@@ -11,6 +11,8 @@ import os
 import random
 import re
 import shutil
+import socket
+import sys
 import tempfile
 import time
 import uuid
@@ -46,6 +48,7 @@ CREDENTIALS: Final = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION
 LINE_CHARS: Final = 320
 # What reading a Parquet file ends with that is cut, damaged, or on a storage that cuts its answers.
 PARQUET_ERRORS: Final = (OSError, pa.ArrowException, UnicodeDecodeError, *S3_RETRYABLE_ERRORS)
+RAY_NODE: Final = re.compile(r"\(Ray node ([0-9a-f]{56})\)")  # as `on_machine` names it
 _BACKTRACE: Final = re.compile(r"\n\s+0: .*", re.DOTALL)  # of Rust, without a name in it
 _ANSWER: Final = re.compile(r"<\?xml.*?<Code>(.*?)</Code>.*?<Message>(.*?)</Message>.*", re.DOTALL)
 _log = logging.getLogger(__name__)
@@ -91,7 +94,7 @@ class PatientS3(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs has no types
                 raise gone(address, error) from error
             if isinstance(error, BotoCoreError):
                 raise StorageError(
-                    f"{address} can't be read or written: {one_line(error)}"
+                    f"{address} can't be read or written{on_machine()}: {one_line(error)}"
                 ) from error
             raise
 
@@ -340,9 +343,23 @@ class _Told:
 def gone(address: str, error: BaseException) -> StorageError:
     """Return the error that ends the waiting."""
     return StorageError(
-        f"{address} did not answer for {patience_s():g} s ({one_line(error)}); what was committed "
-        "stays, and the next run goes on from there"
+        f"{address} did not answer for {patience_s():g} s{on_machine()} ({one_line(error)}); what "
+        "was committed stays, and the next run goes on from there"
     )
+
+
+def on_machine() -> str:
+    """Name this machine, as ` on machine NAME (Ray node ID)`; empty outside of Ray's workers.
+
+    Also empty where the cluster has no other machine that the fault could be told from.
+    """
+    ray = sys.modules.get("ray")  # a worker has it; all others need not load it
+    if ray is None or not ray.is_initialized():
+        return ""
+    context = ray.get_runtime_context()
+    if context.worker.mode != ray.WORKER_MODE or sum(n["Alive"] for n in ray.nodes()) < 2:
+        return ""
+    return f" on machine {socket.gethostname()} (Ray node {context.get_node_id()})"
 
 
 def one_line(error: BaseException) -> str:

@@ -1,0 +1,154 @@
+"""Looks after the machines of a Ray cluster: what each can reach, and who gets no more work.
+
+A machine that the store does not answer fails every task that it is given. Where the store answers
+others, the machine is drained, as an autoscaler drains one: what runs there ends, nothing new
+begins, and the machine leaves the cluster, where an autoscaler may put another in its place.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import ray
+from ray._private import worker as ray_worker
+from ray.core.generated import autoscaler_pb2
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from jobs.cluster import LostError, gather, job_error, live_nodes
+from jobs.errors import JobError, StoreError
+from jobs.storage import RAY_NODE, StorageError, one_line, open_filesystem
+
+NOTICE_S: Final = 20.0  # in which Ray notices that a machine is gone
+ASK_S: Final = 60.0  # in which a machine must have started a process that answers
+PREEMPTION: Final = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+Result = TypeVar("Result")
+_log = logging.getLogger(__name__)
+
+
+def check_shared(addresses: Iterable[str | None]) -> None:
+    """Refuse a cluster of several machines that don't all see what the driver sees.
+
+    Args:
+        addresses: Of files or folders that are there; those on S3 or the web are not looked for.
+
+    Raises:
+        JobError: A machine does not see one of them; which, and where.
+    """
+    local = [one for one in addresses if one and ("://" not in one or one.startswith("file://"))]
+    nodes = [node for node in live_nodes() if node["NodeID"] != _own_node()]
+    if not local or not nodes:
+        return
+    wanted = [str(Path(one.removeprefix("file://")).resolve()) for one in local]
+    for node, missing in zip(nodes, gather([_ask(node, wanted) for node in nodes]), strict=True):
+        if missing:
+            raise JobError(
+                f"{missing[0]} is not there on machine {_name(node)} of the Ray cluster: a local "
+                "folder must be one that all machines share, at the same path; or use s3://"
+            )
+
+
+def without_cut_off(work: Callable[[], Result], addresses: Sequence[str]) -> Result:
+    """Do some work; do it again where a machine died, or without one that a storage leaves out.
+
+    Ray itself gives what a lost machine did to others; but not always all that it needs for that.
+
+    Args:
+        work: Goes on from what is committed, however often it is begun.
+        addresses: What each machine must be able to read: in the store, of the catalog.
+
+    Raises:
+        JobError: The work's own; or the storage does not answer this process either, or no other
+            machine is left to do it.
+    """
+    for _ in live_nodes()[1:]:
+        before = {node["NodeID"] for node in live_nodes()}
+        try:
+            return work()
+        except LostError as error:
+            if not _has_died(before):
+                raise
+            _log.warning("vitrine: a machine was lost, the run goes on: %s", one_line(error))
+        except JobError as error:
+            if not _may_go_on(error, addresses):
+                raise
+    return work()
+
+
+def _has_died(nodes: set[str]) -> bool:
+    """Whether one of some machines is gone; Ray may take a while to notice."""
+    deadline = time.monotonic() + NOTICE_S
+    while nodes <= {node["NodeID"] for node in live_nodes()}:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(1.0)
+    return True
+
+
+def _may_go_on(error: JobError, addresses: Sequence[str]) -> bool:
+    """Whether one machine alone had the fault; it gets no more work if it still has it."""
+    found = RAY_NODE.search(str(error))
+    nodes = {node["NodeID"]: node for node in live_nodes()}
+    node = nodes.get(found.group(1)) if found else None
+    if found is None or not _reaches(addresses):
+        return False
+    if node is None:  # it has gone meanwhile
+        return True
+    try:
+        ray.get(_ask(node, addresses), timeout=ASK_S)
+    except (StoreError, RayError) as still:
+        return _drain(node, list(nodes.values()), one_line(job_error(still)))
+    return True
+
+
+def _reaches(addresses: Sequence[str]) -> bool:
+    with suppress(StorageError):
+        look_for(addresses)
+        return True
+    return False
+
+
+def _drain(node: dict[str, Any], nodes: list[dict[str, Any]], reason: str) -> bool:
+    """Let a machine have no more work, unless it is the driver's or the last that takes any."""
+    others = [one for one in nodes if one is not node and one["Resources"].get("CPU", 0) >= 1]
+    if node["NodeID"] == _own_node() or not others:
+        return False
+    client = ray_worker.global_worker.gcs_client
+    accepted, refusal = client.drain_node(node["NodeID"], PREEMPTION, "no storage answers", 0)
+    _log.warning(
+        "vitrine: machine %s gets no more work, the run goes on without it: %s",
+        _name(node),
+        reason if accepted else refusal,
+    )
+    return bool(accepted)
+
+
+def look_for(addresses: Sequence[str]) -> list[str]:
+    """Return those of some addresses where nothing is.
+
+    Raises:
+        StorageError: A storage does not answer.
+    """
+    return [one for one in addresses if not open_filesystem(one)[0].exists(one)]
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _look_for(addresses: Sequence[str]) -> list[str]:
+    return look_for(addresses)
+
+
+def _ask(node: dict[str, Any], addresses: Sequence[str]) -> Any:  # noqa: ANN401
+    """Look for addresses on a machine, and on no other; return a reference to what is missing."""
+    there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    return _look_for.options(scheduling_strategy=there).remote(addresses)
+
+
+def _own_node() -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def _name(node: dict[str, Any]) -> str:
+    return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"

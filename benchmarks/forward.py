@@ -9,6 +9,7 @@ bare      the model's `encode_image` in bf16 weights, on a batch that lies on th
 compiled  the same under torch.compile (--compile)
 encoder   `OpenClipEncoder.encode_images` of Vitrine: from uint8 pixels in memory to float32 unit
           rows in memory, so with copies, normalising and rounding
+texts     `OpenClipEncoder.encode_texts` of texts of 15 tokens, and of texts that fill the context
 decode    JPEG bytes to pixels as the embedding stage makes them, on one core
 
 An embedding actor adds bookkeeping to `encoder`: benchmarks/embed.py measures it, with Ray.
@@ -41,6 +42,7 @@ from encoders.towers import build_model, read_model_config
 
 Figures = dict[str, Any]
 UInt8Array = npt.NDArray[np.uint8]
+TEXTS, SHORT_TOKENS = 128, 15
 SIDE_PX = (1000, 750)  # of a rendered photo, where no folder is named
 
 
@@ -158,11 +160,26 @@ def measure_round(
         found[key] = measure(
             lambda one=one: one.encode_images(pixels), len(pixels), seconds, device
         )
+    for length in (SHORT_TOKENS, context_length(read_model_config(name)[0])):
+        tokens = make_texts(encoders["bf16"], length)
+        found[f"texts of {length} tokens"] = measure(
+            lambda tokens=tokens: encoders["bf16"].encode_texts(tokens), TEXTS, seconds, device
+        )
     few = photos[:64]
     found["decode"] = measure(
         lambda: [decode(data, spec) for data in few], len(few), seconds, "cpu"
     )
     return found
+
+
+def make_texts(encoder: OpenClipEncoder, length: int) -> npt.NDArray[np.int64]:
+    """Return so many different texts of a length: the last token has the highest number."""
+    (known,) = encoder._texts
+    last = int(known.vocab_size or 49408) - 1
+    tokens = np.zeros((TEXTS, known.length_tokens), np.int64)
+    tokens[:, : length - 1] = np.random.default_rng(0).integers(1, last, (TEXTS, length - 1))
+    tokens[:, length - 1] = last
+    return tokens
 
 
 def describe_device(device: str) -> Figures:

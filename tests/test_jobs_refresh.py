@@ -164,7 +164,9 @@ def test_report_is_measured_and_self_contained(chain):
     assert all(index["why"] for index in report["indexes"])
     assert report["labelled"]["queries"] > 0
     assert {"embed", "embed: decode"} <= {stage["stage"] for stage in report["stages"]}
-    assert not re.search(r"""(src|href)\s*=\s*(?!["']?(data:|trace\.json))|url\(|@import|<script""", page)
+    assert not re.search(
+        r"""(src|href)\s*=\s*(?!["']?(data:|trace\.json))|url\(|@import|<script""", page
+    )
     assert "data:image/jpeg;base64," in page
 
 

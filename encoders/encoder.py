@@ -369,6 +369,8 @@ def _unit_rows(features: torch.Tensor) -> Float32Array:
 def round_weights(model: nn.Module) -> None:
     """Round a model's matrices to bf16 in place, as autocast would in each of its forward passes.
 
+    open_clip's text tower then adds up in bf16, too: it takes the type of its weights for that.
+
     Args:
         model: One that encodes under bf16 autocast from now on, and isn't trained or saved again.
     """

@@ -33,7 +33,6 @@ class BuildTask:
         version: Of the embeddings table.
         contract: The query contract of the release.
         retrain: Why indexes are trained anew; empty: they are updated where that is possible.
-        precisions: That this run embedded rows in.
     """
 
     config: JobConfig
@@ -44,7 +43,6 @@ class BuildTask:
     plan: Plan | None
     version: int
     retrain: tuple[str, ...] = ()
-    precisions: tuple[str, ...] = ()
 
     @property
     def asks_with_photos(self) -> bool:
@@ -177,8 +175,8 @@ def _build_indexes(
         indexes.append(built.index)
         partials += built.partials
         run.log("index", field=name, action=built.index.action, reasons=built.index.reasons)
-    before = base["precisions"] if base else []
-    precisions = sorted({*before, *task.precisions})
+    # A reindex from stored vectors changes none, and does not count them.
+    precisions = dict(task.live.precisions) or (base["precisions"] if base else {})
     _write_manifest(run, task, indexes, entries | {"precisions": precisions})
     _drop_partials(run, partials)
     return indexes

@@ -41,8 +41,8 @@ rows; photo and words are fused with the contract's `query_image_weight`."""
 # The canaries' vectors are made in fp32 on a CPU. How far bf16 moves them depends on the encoder,
 # so it is measured when the contract is made: cosine 0.9999 for a random ViT-S-32-alt (squashing
 # for cropping 0.991, another mean and std 0.97, a tenth of noise on the weights 0.98 and below),
-# 0.993 for a fine-tuned EfficientNet-lite0. Three times as far is let through, since a GPU rounds
-# otherwise than a CPU.
+# 0.993 for a fine-tuned EfficientNet-lite0, which therefore runs in fp32 everywhere. Three times as
+# far as bf16 goes is let through where it is allowed, since a GPU rounds otherwise than a CPU.
 MIN_COSINE = 0.999
 BF16_ROOM = 3.0
 
@@ -99,7 +99,7 @@ class QueryEncoder:
             raise JobError("a search needs an image, a text, or both")
         found: dict[int, Float32Array] = {}
         for kind, places in kinds.items():
-            pixels = self._pixels([images[p] for p in places]) if kind[0] else None
+            pixels = self.pixels([images[p] for p in places]) if kind[0] else None
             tokens = self.tokenizer([texts[p] or "" for p in places]) if kind[1] else None
             rows = self.encoder.encode_queries(pixels, tokens, image_weight=self.image_weight)
             found |= dict(zip(places, rows, strict=True))
@@ -108,7 +108,12 @@ class QueryEncoder:
             raise JobError("the encoder gives this query no direction: its vector isn't finite")
         return vectors
 
-    def _pixels(self, images: Sequence[bytes | None]) -> npt.NDArray[np.uint8]:
+    def pixels(self, images: Sequence[bytes | None]) -> npt.NDArray[np.uint8]:
+        """Decode and preprocess pictures: (B, H, W, 3) uint8.
+
+        Raises:
+            JobError: One can't be decoded.
+        """
         preprocess = self.encoder.preprocess
         try:
             return np.stack([load_pixels(i or b"", self.images, preprocess) for i in images])
@@ -133,34 +138,52 @@ def make_contract(directory: Path, space: VectorSpace) -> dict[str, Any]:
     inputs = _canary_inputs()
     pictures, texts = [i for _, i, _ in inputs], [t for _, _, t in inputs]
     model, config = load_model(directory)
-    tokenizer = load_tokenizers(config).query
+    tokenizers = load_tokenizers(config)
 
-    def encode(precision: str) -> Float32Array:
-        return QueryEncoder(
+    def encode(precision: str) -> tuple[Float32Array, dict[str, Float32Array]]:
+        query = QueryEncoder(
             encoder=wrap_model(
                 model, config, fingerprint=space.encoder, device="cpu", precision=precision
             ),
-            tokenizer=tokenizer,
+            tokenizer=tokenizers.query,
             images=ImagesConfig(),
             image_weight=space.fusion.query_image_weight,
-        ).encode(pictures, texts)
+        )
+        return query.encode(pictures, texts), _encode_products(query, tokenizers.product)
 
-    vectors = encode("fp32")
+    vectors, products = encode("fp32")
     round_weights(model)  # as a loaded encoder's are
-    rounded = encode("bf16")
-    cosines = (vectors * rounded).sum(axis=1) / np.linalg.norm(rounded, axis=1)
+    rounded, rounded_products = encode("bf16")
+    cosines = _cosines(vectors, rounded)
+    # A query may hide what its parts do: of an MSR encoder it is fused with a constant.
+    parts = [_cosines(rows, rounded_products[name]) for name, rows in products.items()]
+    bf16_cosine = float(np.concatenate([cosines, *parts]).min())
+    room = BF16_ROOM if bf16_cosine >= MIN_COSINE else 0.0  # where nobody may use bf16: none
     canaries = [
         {
             "name": name,
             "image": None if image is None else base64.b64encode(image).decode(),
             "text": text,
             "vector": base64.b64encode(vector.astype("<f4").tobytes()).decode(),
-            "min_cosine": min(MIN_COSINE, 1 - BF16_ROOM * (1 - float(cosine))),
+            "min_cosine": min(MIN_COSINE, 1 - room * (1 - float(cosine))),
         }
         for (name, image, text), vector, cosine in zip(inputs, vectors, cosines, strict=True)
     ]
-    contract = describe_space(space) | {"canaries": canaries, "bf16_cosine": float(cosines.min())}
+    contract = describe_space(space) | {"canaries": canaries, "bf16_cosine": bf16_cosine}
     return contract | {"sha256": _digest(contract)}
+
+
+def _encode_products(query: QueryEncoder, tokenize: "TokenizeTexts") -> dict[str, Float32Array]:
+    """Encode the canaries' pictures and texts as products are: column to (B, D) float32."""
+    pictures = [image for _, image, text in _canary_inputs() if text is None]
+    texts = [text or "" for _, image, text in _canary_inputs() if image is None][: len(pictures)]
+    there = np.ones(len(pictures), bool)
+    return query.encoder.encode_products(query.pixels(pictures), tokenize(texts), there, there)
+
+
+def _cosines(rows: Float32Array, others: Float32Array) -> Float32Array:
+    found: Float32Array = (rows * others).sum(axis=1) / np.linalg.norm(others, axis=1)
+    return found
 
 
 def allowed_precision(contract: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,13 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from jobs.buckets import Records, sort_records
-from jobs.cluster import cluster_cpus, gather, ray_errors
+from jobs.cluster import cluster_cpus, find_room, gather, ray_errors
 from jobs.diff import Diff
 from jobs.duplicates import image_vectors
 from jobs.embed_actors import Actors, piece_rows, plan_actors, telling_of_waits
-from jobs.embed_steps import PRECISIONS, Embedder, EmbedTask, prepare_rows
+from jobs.embed_steps import Embedder, EmbedTask, prepare_rows
 from jobs.embed_write import COUNTS, write_deletes, write_rows
-from jobs.errors import JobError
+from jobs.errors import JobError, StoreError
 from jobs.metrics import count_file, show_backlog
 from jobs.store import DataFile
 from jobs.trace import MOST_SPANS, Write, merge_writes, read_write
@@ -52,11 +53,6 @@ class EmbedResult:
     rows_bf16: int = 0
     written_bytes: int = 0
     writes: list[Write] = field(default_factory=list)
-
-    @property
-    def precisions(self) -> tuple[str, ...]:
-        """That rows were embedded in."""
-        return tuple(name for name in PRECISIONS if getattr(self, f"rows_{name}"))
 
 
 def embed_rows(task: EmbedTask, diff: Diff, progress: Callable[[int, int], None]) -> EmbedResult:
@@ -102,6 +98,13 @@ def embed_rows(task: EmbedTask, diff: Diff, progress: Callable[[int, int], None]
 
 def _commit(task: EmbedTask, files: list[DataFile]) -> None:
     files = [file for file in files if file.rows]
+    if task.store.is_local:  # a machine that joined meanwhile may not share the folder
+        for file in files:
+            if not Path(task.store.uri("embeddings", file.path)).exists():
+                raise StoreError(
+                    f"{task.store.uri('embeddings', file.path)} is not there: a machine of the Ray "
+                    "cluster wrote it to a folder of its own; use one that all share, or s3://"
+                )
     if files:
         task.store.commit_embeddings(files)
 
@@ -171,7 +174,8 @@ def _run_steps(
     # crosses the object store. A GPU is fed by its own tasks.
     reading: dict[str, Any] = {"num_cpus": 1.0} if actors.gpus else actors.options
     pool, size = _pool(task, actors, work)
-    threads = 1 if actors.gpus else task.embed.cpus_per_actor or max(1, cluster_cpus() // size)
+    shared = min(find_room(0).cpus, max(1, cluster_cpus() // size))
+    threads = 1 if actors.gpus else task.embed.cpus_per_actor or shared
     dataset: Dataset = (
         ray.data.from_items(work, override_num_blocks=len(work))
         .map_batches(
@@ -186,6 +190,7 @@ def _run_steps(
             batch_size=task.embed.batch_size if actors.gpus else None,
             compute=pool,
             fn_constructor_args=(task, threads),
+            fn_constructor_kwargs={"on_gpu": actors.gpus > 0},
             **actors.options,
         )
         .map_batches(

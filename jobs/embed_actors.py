@@ -10,11 +10,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import ray
 from ray._private import worker as ray_worker
 from ray.exceptions import RayError
 
-from jobs.cluster import cluster_cpus, cluster_gpus
+from jobs.cluster import cluster_cpus, cluster_gpus, live_nodes
 from jobs.config import EmbedConfig
 from jobs.errors import ConfigError
 
@@ -61,7 +60,7 @@ class Actors:
 
     def count_room(self) -> int:
         """Return how many of them the machines that are there can hold."""
-        return sum(self._count_on(node["Resources"]) for node in ray.nodes() if node["Alive"])
+        return sum(self._count_on(node["Resources"]) for node in live_nodes())
 
     def _count_on(self, offered: Mapping[str, float]) -> int:
         asked = {"GPU": self.gpus, "CPU": self.cpus, "memory": self.memory_mb * MIB}
@@ -95,7 +94,7 @@ def _is_local() -> bool:
 
 
 def _machines() -> str:
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in live_nodes()]
     most = {
         name: max((node.get(name, 0) for node in nodes), default=0)
         for name in ("GPU", "CPU", "memory")

@@ -33,7 +33,6 @@ Batch = dict[str, npt.NDArray[Any]]
 BoolArray = npt.NDArray[np.bool_]
 MIN_NORM, MAX_NORM = 0.99, 1.01
 PLANNED = ("vector_id", "image_hash", "text_hash", "etag_hash", "first_seen", "attempts")
-PRECISIONS = ("fp32", "bf16")
 NO_IMAGE_COLUMN = "the catalog has no image column"
 
 
@@ -242,12 +241,13 @@ def _tokenizer(task: EmbedTask) -> Any:  # noqa: ANN401
 class Embedder:
     """The model in an actor: loads once, then embeds batches."""
 
-    def __init__(self, task: EmbedTask, threads: int) -> None:
+    def __init__(self, task: EmbedTask, threads: int, *, on_gpu: bool) -> None:
         """Load the encoder from the store.
 
         Args:
             task: What to embed with.
             threads: CPU threads of the forward pass.
+            on_gpu: Whether the actor has asked for a GPU; else it takes none that it sees.
         """
         import torch
 
@@ -258,7 +258,10 @@ class Embedder:
         self.shared = SharedVectors(task.image_vectors, task.space.dim)
         directory = task.store.local_copy(machine_cache(), "checkpoints", task.space.encoder)
         self.encoder: Encoder = load_encoder(
-            directory, precision=task.embed.precision, expected_fingerprint=task.space.encoder
+            directory,
+            device=None if on_gpu else "cpu",
+            precision=task.embed.precision,
+            expected_fingerprint=task.space.encoder,
         )
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
@@ -275,8 +278,8 @@ class Embedder:
         """Replace `pixels` and `tokens` by one `<name>_embedding` (B, D) float32 a stored vector.
 
         A row is NaN where there is none. `images_embedded` (B,) int64 is 1 where the row's own
-        image went through the encoder, `images_reused` where the vector is that of an equal one;
-        `rows_fp32` and `rows_bf16` are 1 where a live row was embedded in that precision.
+        image went through the encoder, `images_reused` where the vector is that of an equal one.
+        `precision` (B,) is what the encoder multiplied in.
         """
         started = time.monotonic()
         for name in ("reject_reason", "reject_detail"):
@@ -293,9 +296,7 @@ class Embedder:
         kept = {name: column for name, column in batch.items() if name not in dropped}
         kept |= {f"{name}_embedding": rows for name, rows in vectors.items()}
         rows = len(batch["rejected"])
-        for name in PRECISIONS:
-            live = ~batch["rejected"] & (self.encoder.precision == name)
-            kept[f"rows_{name}"] = live.astype(np.int64)
+        kept["precision"] = np.full(rows, self.encoder.precision, object)
         kept["embed_s"] = np.full(rows, (time.monotonic() - started) / rows)
         return kept
 

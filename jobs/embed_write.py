@@ -14,14 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from jobs.embed_steps import PRECISIONS, Batch, BoolArray, EmbedTask
+from jobs.embed_steps import Batch, BoolArray, EmbedTask
 from jobs.images import hash_limits
-from jobs.schemas import DELETE, EMBEDDING_FIELDS, EMBEDDINGS, REJECT, UPSERT
+from jobs.schemas import DELETE, EMBEDDING_FIELDS, EMBEDDINGS, PRECISIONS, REJECT, UPSERT
 from jobs.storage import storage_errors
 from jobs.store import DataFile, Store
 
 HASHES = ("image_hash", "text_hash", "etag_hash", "image_content")
-COUNTS = ("images_embedded", "images_reused", *(f"rows_{name}" for name in PRECISIONS))
+IMAGE_COUNTS = ("images_embedded", "images_reused")
+COUNTS = (*IMAGE_COUNTS, *(f"rows_{name}" for name in PRECISIONS))
 
 
 def write_rows(batch: Batch, *, task: EmbedTask) -> pa.Table:
@@ -46,6 +47,8 @@ def write_rows(batch: Batch, *, task: EmbedTask) -> pa.Table:
     columns["generation"] = np.full(rows, task.generation, np.int64)
     columns["operation"] = np.where(bad, REJECT, UPSERT).astype(object)
     columns["encoder"] = np.full(rows, task.space.encoder, object)
+    precision = np.array(batch["precision"], object)
+    columns["precision"] = pa.array(precision, pa.string(), mask=bad)
     for name in ("reject_reason", "reject_detail"):
         columns[name] = pa.array(batch[name], pa.string(), mask=reasons == "")
     for name in EMBEDDING_FIELDS:
@@ -62,7 +65,7 @@ def write_rows(batch: Batch, *, task: EmbedTask) -> pa.Table:
     )
     file = write_data_file(task.store, table, task.generation)
     names, counts = np.unique(reasons[bad].astype(str), return_counts=True)
-    sums = ("fetch_s", "decode_s", "tokenize_s", "embed_s", "image_bytes", *COUNTS)
+    sums = ("fetch_s", "decode_s", "tokenize_s", "embed_s", "image_bytes", *IMAGE_COUNTS)
     row = {name: [batch[name].sum()] for name in sums}
     described = {
         "path": [file.path],
@@ -71,6 +74,7 @@ def write_rows(batch: Batch, *, task: EmbedTask) -> pa.Table:
         "rejected": [int(bad.sum())],
         "reason_names": [names.tolist()],
         "reason_counts": [counts.tolist()],
+        **{f"rows_{name}": [int((~bad & (precision == name)).sum())] for name in PRECISIONS},
         "began_at": [began_at],
         "write_s": [time.monotonic() - started],
         "node": [ray.util.get_node_ip_address()],
@@ -137,7 +141,7 @@ def write_data_file(store: Store, table: pa.Table, generation: int) -> DataFile:
                 table,
                 handle,
                 compression="zstd",
-                use_dictionary=["operation", "encoder", "reject_reason"],
+                use_dictionary=["operation", "encoder", "precision", "reject_reason"],
                 use_byte_stream_split=lists,
             )
         return DataFile(name, filesystem.size(target), table.num_rows)

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from encoders.spec import EncoderSpec
 from jobs.catalog import IMAGE_COLUMNS, Catalog, read_catalog
 from jobs.config import CatalogConfig, JobConfig
 from jobs.contract import make_contract, read_contract
-from jobs.errors import CatalogError, ConfigError
+from jobs.errors import CatalogError, ConfigError, FingerprintError
 from jobs.schemas import MANIFEST_FORMAT
 from jobs.space import VectorSpace, resolve_space
 from jobs.storage import PARQUET_ERRORS, one_line, open_filesystem, storage_errors
@@ -71,10 +71,25 @@ def add_encoder(config: JobConfig, store: Store) -> tuple[VectorSpace, dict[str,
         StoreError: The store can't be written.
     """
     with made_encoder(config, store) as (directory, space):
-        contract = _published_contract(store, space) or make_contract(directory, space)
+        contract = find_contract(store, directory, space)
         with storage_errors(f"store {store.root}", "written"):
             store.add_checkpoint(directory, space.encoder)
         return space, contract
+
+
+def find_contract(store: Store, directory: Path, space: VectorSpace) -> dict[str, Any]:
+    """Return the query contract of a release of some space: the newest release's, or a new one.
+
+    Args:
+        store: The store.
+        directory: The checkpoint.
+        space: What the job makes of it.
+
+    Raises:
+        ValueError: The checkpoint can't be loaded.
+        JobError: The encoder gives a canary no direction, or the newest release can't be read.
+    """
+    return _published_contract(store, space) or make_contract(directory, space)
 
 
 def _published_contract(store: Store, space: VectorSpace) -> dict[str, Any] | None:
@@ -90,7 +105,9 @@ def _published_contract(store: Store, space: VectorSpace) -> dict[str, Any] | No
     if manifest.get("format_version") != MANIFEST_FORMAT:
         return None
     contract: dict[str, Any] = manifest["query"]
-    return contract if read_contract(contract) == space else None
+    with suppress(FingerprintError):  # an edited one is made anew
+        return contract if read_contract(contract) == space else None
+    return None
 
 
 @contextmanager

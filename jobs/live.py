@@ -19,7 +19,7 @@ from jobs.buckets import Parts, Records, make_groups, split_rows, turn
 from jobs.cluster import gather
 from jobs.diff import Plan, join_parts, same_content
 from jobs.errors import PublishConflictError
-from jobs.schemas import REJECT, UPSERT
+from jobs.schemas import PRECISIONS, REJECT, UPSERT
 from jobs.state import OPERATIONS, REASONS, read_released, read_state, take_rows
 from jobs.store import Release, Store
 
@@ -90,6 +90,7 @@ class Live:
         names: All data files of the table's version.
         reasons: Rows of each (operation, reason).
         examples: (file, row) of some of them.
+        precisions: How many live rows were embedded in each; of a reindex: not counted.
     """
 
     rows: LiveRows
@@ -98,6 +99,7 @@ class Live:
     names: list[str] = field(repr=False)
     reasons: Counter[Reason]
     examples: dict[Reason, list[tuple[int, int]]]
+    precisions: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(kw_only=True)
@@ -111,6 +113,7 @@ class _Found:
     reasons: Counter[Reason]
     examples: dict[Reason, list[tuple[int, int]]]
     by_group: npt.NDArray[np.int64]
+    precisions: Counter[str]
 
 
 def join_live(
@@ -177,6 +180,7 @@ def join_live(
         names=names,
         reasons=sum((one.reasons for one in found), Counter()),
         examples=_merge_examples(found),
+        precisions=sum((one.precisions for one in found), Counter()),
     )
 
 
@@ -230,6 +234,12 @@ def join_rows(plan: Records, state: Records, released: Records) -> tuple[Records
         reasons=Counter(),
         examples={},
         by_group=np.zeros(0, np.int64),
+        precisions=Counter(
+            {
+                name: int((stored["precision"][upsert] == number).sum())
+                for number, name in enumerate(PRECISIONS, 1)
+            }
+        ),
     )
     _count_reasons(found, REJECT, stored[reject])
     _count_reasons(found, UPSERT, stored[upsert])

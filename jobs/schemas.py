@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import pyarrow as pa
 
 EMBEDDING_FIELDS = ("image", "text", "multimodal")
+PRECISIONS = ("fp32", "bf16")
 UPSERT, DELETE, REJECT = "upsert", "delete", "reject"
 IMAGE_BITS = 47
 MANIFEST_FORMAT = 5  # of an index version's manifest.json
@@ -23,6 +24,7 @@ EMBEDDINGS = pa.schema(
         pa.field("etag_hash", pa.int64()),
         pa.field("image_content", pa.int64()),
         pa.field("encoder", pa.string()),
+        pa.field("precision", pa.string()),
         pa.field("reject_reason", pa.string()),
         pa.field("reject_detail", pa.string()),
         pa.field("first_seen", pa.timestamp("us", "UTC")),

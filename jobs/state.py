@@ -17,7 +17,7 @@ from jobs.buckets import Parts, Records, make_groups, scatter, sort_records, spl
 from jobs.cluster import gather
 from jobs.errors import StoreError
 from jobs.images import RejectReason
-from jobs.schemas import DELETE, REJECT, UPSERT
+from jobs.schemas import DELETE, PRECISIONS, REJECT, UPSERT
 from jobs.storage import parquet_errors
 from jobs.store import Release, Store
 
@@ -43,10 +43,12 @@ STATE_DTYPE = np.dtype(
         ("row", "<i4"),
         ("operation", "i1"),
         ("reason", "i1"),
+        ("precision", "i1"),
     ]
 )
 """A row of the table but for its vectors. Times are microseconds since 1970; `file` counts in
-`store.embedding_files(version)`, `row` in the file; `reason` in `REASONS` from 1, 0: none."""
+`store.embedding_files(version)`, `row` in the file; `reason` in `REASONS` and `precision` in
+`PRECISIONS` from 1, 0: none."""
 
 RELEASED_DTYPE = np.dtype(
     [("vector_id", "<i8"), ("generation", "<i8"), ("metadata_hash", "<i8"), ("first", "?")]
@@ -96,6 +98,8 @@ def _read_rows(store: Store, encoder: str, number: int, file: str) -> Records:
         column = table[renamed.get(name, name)]
         if name == "reason":
             column = pc.add(pc.index_in(column, pa.array([str(r) for r in REASONS])), 1)
+        elif name == "precision":
+            column = pc.add(pc.index_in(column, pa.array(PRECISIONS)), 1)
         elif name == "operation":
             column = pc.index_in(column, pa.array(list(OPERATIONS)))
         elif name in ("first_seen", "written_at"):

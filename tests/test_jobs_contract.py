@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from encoders.checkpoint import load_encoder, load_tokenizers
-from encoders.checkpoint_files import read_checkpoint_config
+from encoders.checkpoint import load_encoder, load_model, load_tokenizers, save_checkpoint
+from encoders.checkpoint_files import fingerprint, read_checkpoint_config
 from encoders.create import create_checkpoint
 from encoders.spec import EncoderSpec
 from jobs.config import EmbedConfig, JobConfig
@@ -48,21 +48,24 @@ def query_path(encoder, folder, image_weight=0.5):
     )
 
 
+def make_space(folder):
+    config = read_checkpoint_config(folder)
+    return resolve_space(
+        EmbedConfig(fields=("multimodal",)),
+        encoder=fingerprint(folder),
+        dim=config.dim,
+        preprocess=config.preprocess,
+        fusion=config.fusion,
+    )
+
+
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
     """A checkpoint, its live encoder, and its contract as it comes out of a manifest."""
     folder = tmp_path_factory.mktemp("own")
     encoder = make_encoder(folder)
-    config = read_checkpoint_config(folder)
-    space = resolve_space(
-        EmbedConfig(fields=("multimodal",)),
-        encoder=encoder.fingerprint,
-        dim=config.dim,
-        preprocess=config.preprocess,
-        fusion=config.fusion,
-    )
-    contract = json.loads(json.dumps(make_contract(folder, space), sort_keys=True))
-    return folder, encoder, contract
+    made = make_contract(folder, make_space(folder))
+    return folder, encoder, json.loads(json.dumps(made, sort_keys=True))
 
 
 def signed(contract, **changes):
@@ -101,6 +104,20 @@ def test_bf16_is_allowed_where_it_leaves_the_canaries_in_place(own):
     assert contract["bf16_cosine"] == pytest.approx((vectors * rough).sum(axis=1).min(), abs=1e-5)
     assert allowed_precision(contract | {"bf16_cosine": 0.9991}) == "auto"
     assert allowed_precision(contract | {"bf16_cosine": 0.9989}) == "fp32"
+
+
+def test_an_encoder_that_bf16_moves_runs_in_fp32_and_must_be_asked_in_it(tmp_path):
+    """Large numbers that cancel: what is left of a text is the digits that bf16 has not."""
+    make_encoder(tmp_path / "plain")
+    model, config = load_model(tmp_path / "plain")
+    with torch.no_grad():
+        model.ln_final.bias.fill_(1000)
+        model.text_projection.sub_(model.text_projection.mean(dim=0))
+    save_checkpoint(model, config, tmp_path / "sharp")
+    contract = make_contract(tmp_path / "sharp", make_space(tmp_path / "sharp"))
+    assert contract["bf16_cosine"] < 0.999
+    assert allowed_precision(contract) == "fp32"
+    assert {canary["min_cosine"] for canary in contract["canaries"]} == {0.999}
 
 
 def test_code_of_another_runtime_checks_itself(own):

@@ -146,7 +146,7 @@ def embed_here(task):
     """Embed the whole catalog in this process; return rows and files."""
     todo = [ray.put(plan_all(task))]
     work = {"group": [0], "start": [0], "stop": [task.catalog.rows]}
-    embedder = Embedder(task, 1)
+    embedder = Embedder(task, 1, on_gpu=False)
     files = []
     for batch in prepare_rows(work, task=task, todo=todo):
         files += write_rows(embedder.embed(batch), task=task).to_pylist()
@@ -235,7 +235,7 @@ def test_an_image_without_a_vector_rejects_all_its_products(task):
     todo, work = [ray.put(plan_all(task))], {"group": [0], "start": [0], "stop": [40]}
     with image_vectors(1000, DIM) as actor:
         shared = replace(task, image_vectors=actor)
-        embedder = Embedder(shared, 1)
+        embedder = Embedder(shared, 1, on_gpu=False)
         with torch.no_grad():
             for weights in embedder.encoder._model.visual.parameters():
                 weights.fill_(float("nan"))

@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from encoders.checkpoint import load_encoder
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared" / "data"
 PRODUCTS = 40
@@ -168,6 +170,18 @@ def test_report_is_measured_and_self_contained(chain):
         r"""(src|href)\s*=\s*(?!["']?(data:|trace\.json))|url\(|@import|<script""", page
     )
     assert "data:image/jpeg;base64," in page
+
+
+def test_manifest_counts_live_rows_by_precision(chain):
+    """A run that the gate stopped has embedded what the next one publishes."""
+    for name in ("first", "changed"):
+        report, store = read_report(chain.summary(name)), chain.folder / "store"
+        native = load_encoder(store / "checkpoints" / report["encoder"], device="cpu").precision
+        manifest = json.loads((store / "indexes" / report["run"] / "manifest.json").read_text())
+        assert manifest["query"]["bf16_cosine"] >= 0.999
+        assert manifest["precisions"] == {native: report["vectors"]}
+    assert read_report(chain.summary("first"))[f"rows_{native}"] == PRODUCTS
+    assert chain.summary("changed")["embedded"] == 0
 
 
 def test_report_and_status_agree(chain):

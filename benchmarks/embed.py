@@ -7,14 +7,15 @@ All contenders have the same photos, random weights, batch and cores, and run on
 each setting in a process of its own; each is told by its run of median speed.
 
 forward         the encoder alone on ready batches, by batch and precision
-decode          files to pixels alone, as the stage makes them, by number of processes
+decode          files to pixels alone, as the stage makes them, by number of processes and by size
 loader          PyTorch's DataLoader with the same decoding and the encoder, by number of workers
 stage           the embedding stage of `vitrine refresh`, from a catalog to the committed table
 clip-retrieval  `clip inference` 2.45.0 in an environment that is made for it below --work, with
                 the same version of torch: gigabytes, so it must be asked for
 
-Images a second and CPU leave out the start (imports, loading the encoder, starting actors), which
-stands beside them. Tables are Markdown on standard output; --json keeps all figures.
+clip-retrieval has no bf16 on CPUs, and runs in fp32. Images a second and CPU leave out the start
+(imports, loading the encoder, starting actors), which stands beside them. Tables are Markdown on
+standard output; --json keeps all figures.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from embed_photos import make_checkpoint, make_photos, write_catalog
+from embed_photos import make_checkpoint, make_photos, resize_photos, write_catalog
 from embed_stage import WATCH_S, describe, run_stage
 from embed_tables import compare_points, print_points, print_processes
 from processes import Processes
@@ -39,7 +40,9 @@ from runs import Figures, keep_median, make_environment
 HERE = Path(__file__).resolve().parent
 PHOTOS = HERE.parent.parent / "shared" / "data" / "clothes"
 # torch comes as Vitrine has it: another version has other kernels.
-CLIP_RETRIEVAL = ("clip-retrieval==2.45.0", "setuptools<70")
+CLIP_RETRIEVAL = "clip-retrieval==2.45.0"
+OLD_SETUPTOOLS = "setuptools<70"  # it imports pkg_resources; torch asks for a newer one to compile
+SIZED_PHOTOS = 100
 CONTENDERS = ("forward", "decode", "loader", "stage", "clip-retrieval")
 
 
@@ -76,15 +79,17 @@ def run_point(point: Figures, task: Figures, work: Path) -> Figures:
     name = point["contender"]
     with tempfile.TemporaryDirectory(prefix=f"vitrine-{name}-", dir=work) as scratch:
         folder = Path(scratch)
-        shared = {key: task[key] for key in ("photos", "checkpoint", "forward_s", "threads")}
-        own = shared | {key: point[key] or task[key] for key in ("batch", "precision")}
+        shared = {key: task[key] for key in ("checkpoint", "forward_s", "threads")}
+        own = shared | {key: point[key] or task[key] for key in ("batch", "precision", "photos")}
         own |= {"processes": point["processes"], "figures": str(folder / "figures.json")}
         if name == "stage":
             found = run_stage(own | {"catalog": task["catalog"]}, folder)
         elif name == "clip-retrieval":
             more = {"folder": scratch, **{key: task[key] for key in ("architecture", "weights")}}
             torch = f"torch=={version('torch').partition('+')[0]}"
-            python = str(make_environment(work / "clip-retrieval", (*CLIP_RETRIEVAL, torch)))
+            environment = work / "clip-retrieval"
+            packages = (CLIP_RETRIEVAL, torch)
+            python = str(make_environment(environment, packages, (OLD_SETUPTOOLS,)))
             found = run_process([python, str(HERE / "clip_retrieval_run.py")], own | more)
         else:
             script = str(HERE / "embed_contenders.py")
@@ -98,7 +103,7 @@ def make_points(arguments: argparse.Namespace) -> list[Figures]:
     """Return every contender at every setting, in the order in which they run."""
 
     def point(name: str, setting: str, **values: object) -> Figures:
-        told: Figures = {"batch": None, "precision": None, "processes": 1}
+        told: Figures = {"batch": None, "precision": None, "processes": 1, "photos": None}
         return {"contender": name, "setting": setting} | told | values
 
     threads, precision = arguments.threads, arguments.precision
@@ -110,7 +115,13 @@ def make_points(arguments: argparse.Namespace) -> list[Figures]:
             for kind in arguments.precisions
             for batch in arguments.batches
         ],
-        "decode": [point("decode", f"processes {n}", processes=n) for n in some],
+        "decode": [
+            *(point("decode", f"processes {n}", processes=n) for n in some),
+            *(
+                point("decode", f"one process, {px} px", photos=str(_sized(arguments, px)))
+                for px in arguments.sides
+            ),
+        ],
         "loader": [
             point("loader", f"workers {n}, {shared}", processes=n)
             for n in arguments.workers or sorted({max(1, threads // 2), threads})
@@ -121,6 +132,11 @@ def make_points(arguments: argparse.Namespace) -> list[Figures]:
         ],
     }
     return [one for name in arguments.contenders for one in points[name]]
+
+
+def _sized(arguments: argparse.Namespace, side_px: int) -> Path:
+    folder: Path = arguments.work / f"photos-{side_px}"
+    return folder
 
 
 def run_medians(points: list[Figures], task: Figures, arguments: argparse.Namespace) -> list[Any]:
@@ -137,6 +153,8 @@ def run_medians(points: list[Figures], task: Figures, arguments: argparse.Namesp
 def make_task(arguments: argparse.Namespace) -> Figures:
     """Make what all contenders share; return what they are told."""
     photos = make_photos(arguments.photos, arguments.work / "photos", arguments.images)
+    for px in arguments.sides if "decode" in arguments.contenders else ():
+        resize_photos(photos[:SIZED_PHOTOS], _sized(arguments, px), px)
     checkpoint, weights = make_checkpoint(arguments.architecture, arguments.work)
     write_catalog(arguments.work / "catalog.parquet", photos)
     return {
@@ -152,6 +170,12 @@ def make_task(arguments: argparse.Namespace) -> Figures:
     }
 
 
+def native_precision() -> str:
+    """Return what Vitrine takes by itself on this CPU."""
+    flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split()
+    return "bf16" if {"amx_bf16", "avx512_bf16", "bf16"} & set(flags) else "fp32"
+
+
 def parse(words: list[str]) -> argparse.Namespace:
     """Read a command line."""
     cores = len(os.sched_getaffinity(0))
@@ -163,8 +187,13 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=cores, help="cores that everybody has")
     parser.add_argument("--batch", type=int, default=64, help="of all but forward")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="as --batch")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default=native_precision(), help="as --batch"
+    )
     parser.add_argument("--workers", type=int, nargs="+", help="of loader; else half and all cores")
+    parser.add_argument(
+        "--sides", type=int, nargs="*", default=[256, 512, 1024, 2048], help="px, of decode"
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64, 128])
     parser.add_argument(
         "--precisions", choices=("fp32", "bf16"), nargs="+", default=["fp32", "bf16"]

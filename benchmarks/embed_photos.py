@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 SUFFIXES = (".jpg", ".jpeg")
 START, COMMENT = b"\xff\xd8", b"\xff\xfe"  # JPEG's markers of a file and of a comment
@@ -38,6 +39,17 @@ def make_photos(source: Path, folder: Path, count: int) -> list[Path]:
         photo.write_bytes(add_comment(data, f"copy {turn}".encode()) if turn else data)
         photos.append(photo)
     return photos
+
+
+def resize_photos(photos: list[Path], folder: Path, side_px: int) -> None:
+    """Write photos scaled to a longer side into an empty folder; what was there goes."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for photo in photos:
+        with Image.open(photo) as image:
+            scale = side_px / max(image.size)
+            size = (round(image.width * scale), round(image.height * scale))
+            image.convert("RGB").resize(size).save(folder / photo.name, "JPEG", quality=90)
 
 
 def add_comment(data: bytes, words: bytes) -> bytes:

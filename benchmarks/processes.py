@@ -39,6 +39,8 @@ class Processes:
 
     Attributes:
         own_mib: The most MiB of a process's own pages (RssAnon) under each name that it had.
+        shared_mib: The most MiB of memory that a process shares (RssShmem) under each name: of a
+            raylet, what the object store has held.
         peaks: The most MiB of each process, by its number.
         together_mib: The most MiB of all processes' own pages at once; pages that a forked
             process shares with its parent count twice.
@@ -49,6 +51,7 @@ class Processes:
     def __init__(self, interval_s: float = WATCH_S) -> None:
         """Look so often, in seconds."""
         self.own_mib: dict[str, float] = {}
+        self.shared_mib: dict[str, float] = {}
         self.peaks: dict[int, Peak] = {}
         self.together_mib = 0.0
         self.first_seen: dict[str, float] = {}
@@ -105,9 +108,11 @@ class Processes:
         kib = {
             line.split()[0]: int(line.split()[1]) for line in status.splitlines() if "kB" in line
         }
-        own_mib, highest_mib = (kib.get(key, 0) / 1024 for key in ("RssAnon:", "VmHWM:"))
+        keys = ("RssAnon:", "RssShmem:", "VmHWM:")
+        own_mib, shared_mib, highest_mib = (kib.get(key, 0) / 1024 for key in keys)
         self.first_seen.setdefault(name, now)
         self.own_mib[name] = max(self.own_mib.get(name, 0.0), own_mib)
+        self.shared_mib[name] = max(self.shared_mib.get(name, 0.0), shared_mib)
         before = self.peaks.get(number)
         kept = before.name if before and name in ("", "ray::IDLE") else name
         self.peaks[number] = Peak(name=kept, mib=max(highest_mib, before.mib if before else 0.0))

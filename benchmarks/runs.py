@@ -22,11 +22,19 @@ def keep_median(runs: Sequence[Figures], key: str) -> Figures:
     return ordered[(len(ordered) - 1) // 2] | {f"all_{key}": [run[key] for run in ordered]}
 
 
-def make_environment(folder: Path, packages: Sequence[str]) -> Path:
-    """Make a virtual environment with some packages, if it isn't there; return its python."""
+def make_environment(folder: Path, packages: Sequence[str], after: Sequence[str] = ()) -> Path:
+    """Make a virtual environment with some packages, if it isn't there; return its python.
+
+    Args:
+        folder: Where.
+        packages: As pip takes them.
+        after: Those that are put in afterwards, whatever the others say of their versions.
+    """
     python, done = folder / "bin" / "python", folder / "installed"
     if not done.exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+        if after:
+            subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", *after], check=True)
         done.touch()
     return python

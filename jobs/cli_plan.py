@@ -135,7 +135,8 @@ def _plan_lines(made: dict[str, Any]) -> Iterator[str]:
 def _machine_lines(cluster: dict[str, Any]) -> Iterator[str]:
     found = cluster["embedders"]
     where = f"{found['gpus']:g} GPU each" if found["gpus"] else f"{found['threads']} threads each"
-    yield f"on {cluster['name']}: {found['count']} embedding actors, {where}, {found['precision']}"
+    actors = f"{found['count']} embedding actors, {where}, precision {found['precision']}"
+    yield f"on {cluster['name']}: {actors}"
     for one in cluster["machines"]:
         memory = _size({"value": one["memory_bytes"]})
         offers = f"{one['cpus']} CPUs, {one['gpus']} GPUs, memory {memory}"

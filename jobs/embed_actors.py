@@ -80,14 +80,14 @@ def plan_actors(embed: EmbedConfig) -> Actors:
     gpus = float(cluster_gpus() > 0) if gpus is None else gpus
     cpus = embed.cpus_per_actor or int(not gpus)
     one = Actors(gpus=gpus, cpus=cpus, memory_mb=embed.memory_mb_per_actor or 0)
-    room, local = one.count_room(), _is_local()
+    room, local = one.count_room(), is_local()
     if local and not room:
         raise ConfigError(f"an embedding actor asks for {one} (embed.*_per_actor); {_machines()}")
     count = min(embed.actors, room) if local and embed.actors else embed.actors or max(1, room)
     return replace(one, count=count, fixed=local or embed.actors > 0)
 
 
-def _is_local() -> bool:
+def is_local() -> bool:
     """Say whether Ray is this process's own: no machine will ever join it."""
     node = ray_worker._global_node
     return node is not None and node.is_head()

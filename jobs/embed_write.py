@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
@@ -128,10 +129,14 @@ def write_deletes(store: Store, vector_ids: npt.NDArray[np.int64], task: EmbedTa
 def write_data_file(store: Store, table: pa.Table, generation: int) -> DataFile:
     """Write a table as one Parquet file below the embeddings table; no commit names it yet.
 
+    Its name begins with the generation and the smallest vector id: files are read in the order of
+    their names, and so the same work gives the same index file, whoever was done first.
+
     Raises:
         StoreError: It can't be written.
     """
-    name = f"generation-{generation:06d}-{uuid.uuid4().hex}.parquet"
+    first = pc.min(table["vector_id"]).as_py() or 0
+    name = f"generation-{generation:06d}-{first:016x}-{uuid.uuid4().hex}.parquet"
     target = store.uri("embeddings", name)
     lists = [f"{field}_embedding.list.element" for field in EMBEDDING_FIELDS]
     with storage_errors(target, "written"):

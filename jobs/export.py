@@ -81,9 +81,8 @@ def export(config: JobConfig, options: ExportOptions, progress: Progress) -> Exp
         release = store.release(release.version)
         manifest = store.read_json("indexes", release.indexes, "manifest.json")
         source = open_source(store, release, manifest)
-        _make_folder(target)
         with ray_session(config.ray):
-            check_shared([store.uri("indexes", release.indexes, "manifest.json"), target.root])
+            check_shared([store.uri("indexes", release.indexes, "manifest.json")])
             progress.stage(f"find the rows of release {release.version}")
             described = describe_source(source)
             product = _product_column(manifest)
@@ -92,6 +91,8 @@ def export(config: JobConfig, options: ExportOptions, progress: Progress) -> Exp
             )
             found = find_rows(source, described, layout)
             progress.stage(f"write {release.vectors:,} rows to {target.root}")
+            _make_folder(target)
+            check_shared([target.root])
             files = _write(store, target, layout, found, release, progress)
             copied: list[ExportedFile] = []
             if options.index:

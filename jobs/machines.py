@@ -15,14 +15,16 @@ from typing import Any, Final, TypeVar
 import ray
 from ray._private import worker as ray_worker
 from ray.core.generated import autoscaler_pb2
-from ray.exceptions import RayError
+from ray.exceptions import NodeDiedError, RayError, TaskUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.cluster import LostError, gather, job_error, live_nodes
+from jobs.embed_actors import is_local
 from jobs.errors import JobError, StoreError
-from jobs.storage import RAY_NODE, StorageError, one_line, open_filesystem
+from jobs.storage import RAY_NODE, REFUSED, one_line, open_filesystem, storage_errors
 
 NOTICE_S: Final = 20.0  # in which Ray notices that a machine is gone
+TRIES: Final = 8  # a night on spot machines; a fault that follows the work ends yet
 ASK_S: Final = 60.0  # in which a machine must have started a process that answers
 PREEMPTION: Final = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
 Result = TypeVar("Result")
@@ -43,15 +45,29 @@ def check_shared(addresses: Iterable[str | None]) -> None:
     if not local or not nodes:
         return
     wanted = [str(Path(one.removeprefix("file://")).resolve()) for one in local]
-    for node, missing in zip(nodes, gather([_ask(node, wanted) for node in nodes]), strict=True):
-        if missing:
+    for node, asked in [(node, _ask(node, wanted)) for node in nodes]:
+        if missing := _answer(node, asked):
             raise JobError(
                 f"{missing[0]} is not there on machine {_name(node)} of the Ray cluster: a local "
                 "folder must be one that all machines share, at the same path; or use s3://"
             )
 
 
-def without_cut_off(work: Callable[[], Result], addresses: Sequence[str]) -> Result:
+def _answer(node: dict[str, Any], asked: Any) -> list[str]:  # noqa: ANN401
+    """Return what a machine does not see: nothing, if it is lost while it is asked."""
+    try:
+        missing: list[str] = gather([asked])[0]
+    except (LostError, TaskUnschedulableError) as error:
+        _log.warning(
+            "vitrine: machine %s was lost, the run goes on: %s", _name(node), one_line(error)
+        )
+        return []
+    return missing
+
+
+def without_cut_off(
+    work: Callable[[], Result], addresses: Sequence[str], begin_again: Callable[[str], None]
+) -> Result:
     """Do some work; do it again where a machine died, or without one that a storage leaves out.
 
     Ray itself gives what a lost machine did to others; but not always all that it needs for that.
@@ -59,29 +75,37 @@ def without_cut_off(work: Callable[[], Result], addresses: Sequence[str]) -> Res
     Args:
         work: Goes on from what is committed, however often it is begun.
         addresses: What each machine must be able to read: in the store, of the catalog.
+        begin_again: Called with the reason before the work is begun again, which is at most
+            `TRIES` times in all; never where Ray is this process's own.
 
     Raises:
         JobError: The work's own; or the storage does not answer this process either, or no other
             machine is left to do it.
     """
-    for _ in live_nodes()[1:]:
-        before = {node["NodeID"] for node in live_nodes()}
+    for _ in range(0 if is_local() else TRIES - 1):
+        before = _dead_nodes()
         try:
             return work()
         except LostError as error:
             if not _has_died(before):
                 raise
             _log.warning("vitrine: a machine was lost, the run goes on: %s", one_line(error))
+            begin_again(f"a machine was lost: {one_line(error)}")
         except JobError as error:
             if not _may_go_on(error, addresses):
                 raise
+            begin_again(one_line(error))
     return work()
 
 
-def _has_died(nodes: set[str]) -> bool:
-    """Whether one of some machines is gone; Ray may take a while to notice."""
+def _dead_nodes() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+
+
+def _has_died(before: set[str]) -> bool:
+    """Whether a machine died beside those dead before; Ray may take a while to notice."""
     deadline = time.monotonic() + NOTICE_S
-    while nodes <= {node["NodeID"] for node in live_nodes()}:
+    while _dead_nodes() <= before:
         if time.monotonic() > deadline:
             return False
         time.sleep(1.0)
@@ -99,13 +123,15 @@ def _may_go_on(error: JobError, addresses: Sequence[str]) -> bool:
         return True
     try:
         ray.get(_ask(node, addresses), timeout=ASK_S)
+    except (NodeDiedError, TaskUnschedulableError):
+        return True
     except (StoreError, RayError) as still:
         return _drain(node, list(nodes.values()), one_line(job_error(still)))
-    return True
+    return REFUSED not in str(error)  # a right that it lacks it will lack again
 
 
 def _reaches(addresses: Sequence[str]) -> bool:
-    with suppress(StorageError):
+    with suppress(StoreError):
         look_for(addresses)
         return True
     return False
@@ -117,12 +143,12 @@ def _drain(node: dict[str, Any], nodes: list[dict[str, Any]], reason: str) -> bo
     if node["NodeID"] == _own_node() or not others:
         return False
     client = ray_worker.global_worker.gcs_client
-    accepted, refusal = client.drain_node(node["NodeID"], PREEMPTION, "no storage answers", 0)
-    _log.warning(
-        "vitrine: machine %s gets no more work, the run goes on without it: %s",
-        _name(node),
-        reason if accepted else refusal,
-    )
+    try:
+        accepted, why = client.drain_node(node["NodeID"], PREEMPTION, "no storage answers", 0)
+    except RayError as error:  # what the storage said is what the run ends with
+        accepted, why = False, one_line(error)
+    told = "gets no more work, the run goes on without it" if accepted else "can't be drained"
+    _log.warning("vitrine: machine %s %s: %s", _name(node), told, reason if accepted else why)
     return bool(accepted)
 
 
@@ -130,9 +156,13 @@ def look_for(addresses: Sequence[str]) -> list[str]:
     """Return those of some addresses where nothing is.
 
     Raises:
-        StorageError: A storage does not answer.
+        StoreError: A storage does not answer, or refuses to.
     """
-    return [one for one in addresses if not open_filesystem(one)[0].exists(one)]
+    missing = []
+    for one in addresses:
+        with storage_errors(one, "read"):
+            missing += [] if open_filesystem(one)[0].exists(one) else [one]
+    return missing
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -4,7 +4,7 @@ What `refresh` runs, and `reindex` where the encoder is another one.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from jobs.build import BuildTask, build_version
@@ -21,7 +21,7 @@ from jobs.leases import FILE as LEASE
 from jobs.live import join_live
 from jobs.machines import check_shared, without_cut_off
 from jobs.plan import work_of
-from jobs.plan_truth import compare_plan, plan_of_run
+from jobs.plan_truth import plan_of_run
 from jobs.publish import Changes, RunResult, conclude
 from jobs.report import write_idle_report
 from jobs.run import Run
@@ -73,7 +73,7 @@ def on_machines(run: Run, inputs: Inputs, work: Callable[[], Result]) -> Result:
     lease, catalog = run.store.uri("runs", run.run_id, LEASE), inputs.catalog
     first = open_filesystem(catalog.root)[0].unstrip_protocol(catalog.files[0])
     check_shared([lease, first, inputs.config.evaluate.queries])
-    return without_cut_off(work, [lease, first])
+    return without_cut_off(work, [lease, first], run.begin_again)
 
 
 def check_same_encoder(run: Run, space: VectorSpace) -> None:
@@ -141,29 +141,39 @@ def refresh_catalog(run: Run, inputs: Inputs, *, publish: bool = True) -> RunRes
     """
     config = inputs.config
     diff = compare(run, config, inputs.catalog, inputs.space)
+    if run.parent and is_idle(run, diff, config):
+        return _nothing_to_do(run, run.parent, diff)
     work = work_of(diff, inputs.catalog.rows, _parent_of(run, inputs.space), command=run.command)
-    idle = diff.up_to_date and run.parent and _builds_the_same(run, run.parent, config)
-    plan = plan_of_run(run, config, inputs.space, replace(work, idle=bool(idle)))
-    if idle and run.parent:
-        return _nothing_to_do(run, run.parent, diff, plan)
+    plan = plan_of_run(run, config, inputs.space, work)
     task = EmbedTask(
         catalog=inputs.catalog,
         images=config.images,
-        embed=_choose_precision(config.embed, inputs.contract),
+        embed=choose_precision(config.embed, inputs.contract),
         store=run.store,
         space=inputs.space,
         generation=run.new_generation(diff.counts.generation),
     )
     embedded = _embed(run, task, diff)
-    build, built = _build(run, inputs, diff, embedded.precisions)
+    build, built = _build(run, inputs, diff)
     changes = Changes(counts=diff.counts, embedded=embedded, plan=plan)
     return conclude(run, build, built, changes, publish=publish)
 
 
-def _choose_precision(embed: EmbedConfig, contract: dict[str, Any]) -> EmbedConfig:
+def choose_precision(embed: EmbedConfig, contract: dict[str, Any]) -> EmbedConfig:
     """Leave "auto" to the actors' machines only where bf16 keeps the vectors' directions."""
     allowed = allowed_precision(contract) if embed.precision == "auto" else embed.precision
     return embed.model_copy(update={"precision": allowed})
+
+
+def is_idle(run: Run, diff: Diff, config: JobConfig) -> bool:
+    """Say whether a refresh has nothing to do: neither the catalog nor the configuration changed.
+
+    Raises:
+        StoreError: The newest release can't be read.
+    """
+    if run.parent is None or not diff.up_to_date:
+        return False
+    return _builds_the_same(run, run.parent, config)
 
 
 def _builds_the_same(run: Run, parent: Release, config: JobConfig) -> bool:
@@ -182,9 +192,7 @@ def _embed(run: Run, task: EmbedTask, diff: Diff) -> EmbedResult:
     return result
 
 
-def _build(
-    run: Run, inputs: Inputs, diff: Diff, precisions: tuple[str, ...]
-) -> tuple[BuildTask, Built]:
+def _build(run: Run, inputs: Inputs, diff: Diff) -> tuple[BuildTask, Built]:
     with run.stage("find the live rows") as counted:
         version = run.store.embeddings().version()
         live = join_live(
@@ -204,17 +212,15 @@ def _build(
         live=live,
         plan=diff.plan,
         version=version,
-        precisions=precisions,
     )
     return task, build_version(run, task)
 
 
-def _nothing_to_do(run: Run, parent: Release, diff: Diff, plan: dict[str, Any]) -> RunResult:
+def _nothing_to_do(run: Run, parent: Release, diff: Diff) -> RunResult:
     """Report that the newest release already shows the catalog as it is."""
     run.log("nothing to do", release=parent.version)
     run.count("idle")
-    beside = compare_plan(plan, {"run": run.run_id, "stages": run.stages})
-    address = write_idle_report(run, parent, beside)
+    address = write_idle_report(run, parent)
     run.write_log()
     return RunResult(
         release=parent.version,

@@ -4,7 +4,7 @@ One function makes it for `vitrine plan`, for `refresh --dry-run`, and for the r
 which shows it beside what came true. What no run has measured is None, and says why.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,9 @@ class Work:
     rebuilds: bool = False
 
 
-def work_of(diff: Diff, products: int, parent: Release | None, *, command: str) -> Work:
+def work_of(
+    diff: Diff, products: int, parent: Release | None, *, command: str, idle: bool = False
+) -> Work:
     """Return what a refresh has to do after a comparison.
 
     Args:
@@ -72,6 +74,7 @@ def work_of(diff: Diff, products: int, parent: Release | None, *, command: str) 
         products: Of the catalog.
         parent: The newest release.
         command: What would do it.
+        idle: See `jobs.pipeline.is_idle`.
     """
     live = diff.counts.live + diff.todo_rows
     share = parent.products / parent.vectors if parent and parent.vectors else 1.0
@@ -82,7 +85,7 @@ def work_of(diff: Diff, products: int, parent: Release | None, *, command: str) 
         live=live,
         products=min(products, round(live * share) if parent else live),
         changed=bool(diff.todo_rows or diff.counts.removed),
-        idle=diff.up_to_date,
+        idle=idle,
     )
 
 
@@ -157,7 +160,7 @@ class Given:
     cluster: Cluster
     work: Work
     base: Mapping[str, Any] | None
-    past: Sequence[PastRun]
+    past: Iterable[PastRun]
     weights_bytes: int | None = None
     store_bytes: int | None = None
     compared: float | None = None
@@ -255,7 +258,7 @@ def _plan_fields(given: Given) -> list[FieldPlan]:
 
 def _lacks_rates(field: FieldPlan, given: Given) -> bool:
     times = index_times(field, given.past, given.cluster, None).values()
-    return any(one.value is None or "too high" in one.source for one in times)
+    return any(one.value is None or one.too_high for one in times)
 
 
 def _time_stages(
@@ -303,7 +306,7 @@ def _time_compare(given: Given) -> Stage:
 
 
 def _scaled(given: Given, name: str, rows: int) -> Stage:
-    past = [(run, run.stages.get(name, 0.0), float(run.rows.get(name, 0))) for run in given.past]
+    past = ((run, run.stages.get(name, 0.0), float(run.rows.get(name, 0))) for run in given.past)
     found = scale_stage(past, rows, workers="cpus", here=given.cluster.cpus)
     if found is None:
         return Stage(stage=name, seconds=None, source="no earlier run")

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ray
 import yaml
 
+from jobs.cluster import live_nodes
 from jobs.config import EmbedConfig
 from jobs.errors import ConfigError
 
@@ -95,10 +95,7 @@ class Cluster:
         room = sum(one.count * _count_on(one, asked) for one in self.machines)
         count = min(embed.actors, room) if embed.actors else room
         threads = 1 if gpus else embed.cpus_per_actor or max(1, self.cpus // max(1, count))
-        precision = embed.precision
-        if precision == "auto":
-            precision = "bf16" if gpus else "fp32"
-        return Embedders(count=count, gpus=gpus, threads=threads, precision=precision)
+        return Embedders(count=count, gpus=gpus, threads=threads, precision=embed.precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +106,7 @@ class Embedders:
         count: How many; 0: no machine has room for one.
         gpus: Of each; 0: they embed on CPUs.
         threads: CPU threads of the forward pass.
-        precision: fp32 or bf16.
+        precision: What was asked for; auto: the contract and each actor's machine decide.
     """
 
     count: int
@@ -132,9 +129,7 @@ def live_cluster(address: str | None) -> Cluster:
         address: The configured one; None: Ray runs on this machine alone.
     """
     found: Counter[Machines] = Counter()
-    for node in ray.nodes():
-        if not node["Alive"]:
-            continue
+    for node in live_nodes():
         offered = node["Resources"]
         memory = offered.get("memory")
         found[

@@ -1,8 +1,8 @@
 """What building the indexes of a run takes: per field its spec, time, bytes and memory."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from indexing.spec import IndexSpec
@@ -140,7 +140,7 @@ def _impossible(vectors: VectorField, count: int, why: str) -> FieldPlan:
 
 
 def index_times(
-    plan: FieldPlan, past: Sequence[PastRun], cluster: Cluster, rates: IndexRates | None
+    plan: FieldPlan, past: Iterable[PastRun], cluster: Cluster, rates: IndexRates | None
 ) -> dict[str, Figure]:
     """Return the seconds of each step of a field's index.
 
@@ -158,7 +158,7 @@ def index_times(
 def _time_step(
     plan: FieldPlan,
     step: str,
-    past: Sequence[PastRun],
+    past: Iterable[PastRun],
     cluster: Cluster,
     rates: IndexRates | None,
 ) -> Figure:
@@ -174,15 +174,15 @@ def _time_step(
     if found is None and step == "update":  # adds no more than all vectors, and merges as many
         found = _time_step(plan, "add and merge", past, cluster, None)
         words = f"filling a new index took that long, {found.source}: at most"
-        return found if found.value is None else Figure(value=found.value, source=words)
-    if (found is None or "too high" in found.source) and rates is not None:
+        return found if found.value is None else replace(found, source=words)
+    if (found is None or found.too_high) and rates is not None:
         calibrated = _calibrated(plan, step, rates, here)
         found = calibrated or found
     return found or Figure(value=None, source=f"no earlier run with this step of {plan.name}")
 
 
 def _past_steps(
-    plan: FieldPlan, step: str, past: Sequence[PastRun]
+    plan: FieldPlan, step: str, past: Iterable[PastRun]
 ) -> Iterator[tuple[PastRun, float, float]]:
     """Yield the runs with a step over a like index: its seconds and its work."""
     for run in past:

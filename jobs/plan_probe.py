@@ -24,7 +24,7 @@ from jobs.embed_steps import EmbedTask
 from jobs.files import delete_files, list_files
 from jobs.plan_cluster import Cluster
 from jobs.plan_index import FieldPlan, IndexRates
-from jobs.plan_rates import EmbedRate
+from jobs.plan_rates import EmbedRate, name_precisions
 from jobs.run import Run
 from jobs.space import VectorSpace
 from jobs.store import Store, scratch_folder
@@ -52,7 +52,7 @@ def probe_embedding(
 
     Args:
         run: Names the folder on a cluster, whose machines share nothing but the store.
-        config: The job.
+        config: The job, with the precision that the encoder's contract allows.
         catalog: The checked catalog.
         diff: Which rows.
         encoder: Folder of the checkpoint, and what the job makes of it.
@@ -87,9 +87,10 @@ def probe_embedding(
     warm = files[min(embedders.count, len(files) - 1) :]
     seconds: Counter[str] = sum((one.seconds for _, one in warm), Counter())
     done = sum(one.embedded + one.rejected for _, one in warm)
+    precisions = [n for n in ("fp32", "bf16") if any(getattr(one, f"rows_{n}") for _, one in warm)]
     first_s, first = files[0]
     return EmbedRate(
-        source=f"a calibration on {done:,} rows, {cluster.name}",
+        source=f"a calibration on {done:,} rows{name_precisions(precisions)}, {cluster.name}",
         rows=done,
         embedders=embedders,
         start_s=max(0.0, first_s - sum(first.seconds.values())),

@@ -4,10 +4,9 @@ Time is taken to grow with the work and to shrink with the workers. A rate is ne
 another kind of machine: that of a GPU comes from a run on GPUs alone.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeVar
 
 from indexing.spec import IndexSpec
 from jobs.config import EmbedConfig, IndexConfig, JobConfig
@@ -24,66 +23,101 @@ ENOUGH_SHARE = 0.1  # of the planned work: a smaller run is mostly start-up
 PIECE_ROWS = 16  # `jobs.embed_actors.LEAST_ROWS`: fewer rows keep fewer actors busy
 PREPARING = ("fetch", "decode", "tokenize", "write")
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PastRun:
     """A finished run with the same encoder, by its report.
 
     Attributes:
+        machines: What it ran on, in words.
+        cpus: Of all its machines.
+        most_cpus: Of the largest.
+        embedders: Its embedding actors.
         stages: Seconds of each stage and step, by name.
         rows: Rows of each.
+        embedded: Rows that it embedded or rejected.
+        precisions: In which it embedded rows: fp32, bf16, both or none.
+        embed_s: Of the whole embedding stage.
+        image_bytes: Fetched.
+        written_bytes: Of the embeddings table.
         indexes: Field to its spec and how many vectors it holds.
     """
 
     run: str
-    report: Mapping[str, Any] = field(repr=False)
     config: JobConfig = field(repr=False)
+    machines: str
+    cpus: int
+    most_cpus: int
+    embedders: Embedders
     stages: Mapping[str, float]
     rows: Mapping[str, int]
+    embedded: int
+    precisions: frozenset[str]
+    embed_s: float
+    image_bytes: int
+    written_bytes: int
     indexes: Mapping[str, tuple[IndexSpec, int]]
 
-    @property
-    def cpus(self) -> int:
-        """CPUs of its machines."""
-        return int(self.report["cluster"]["cpus"])
 
-    @property
-    def most_cpus(self) -> int:
-        """CPUs of its largest machine."""
-        return int(self.report["cluster"]["most_cpus"])
+@dataclass(frozen=True, kw_only=True)
+class PastRuns:
+    """Earlier runs of one encoder, newest first; a report is read when it is come to, once.
 
-    @property
-    def embedded(self) -> int:
-        """Rows that it embedded or rejected."""
-        return int(self.report["embedded"] + self.report["rejected_in_run"])
+    Iterating raises StoreError where the store doesn't answer.
+    """
+
+    store: Store
+    runs: tuple[str, ...]
+    _found: dict[str, PastRun | None] = field(default_factory=dict, init=False)
+
+    def __iter__(self) -> Iterator[PastRun]:
+        """Yield those whose report is there and says all that a plan needs."""
+        for run in self.runs:
+            if run not in self._found:
+                self._found[run] = _read_run(self.store, run)
+            if (found := self._found[run]) is not None:
+                yield found
 
 
-def read_past(store: Store, encoder: str) -> list[PastRun]:
-    """Read the reports of the newest releases of one encoder, newest first.
+def read_past(store: Store, encoder: str) -> PastRuns:
+    """Find the runs of the newest releases of one encoder.
 
     Raises:
         StoreError: The releases can't be read.
     """
-    found = []
     releases = [one for one in store.releases() if one.encoder == encoder][:PAST_RELEASES]
-    for run in dict.fromkeys(release.run for release in releases):
-        try:
-            report = store.read_json("runs", run, "report.json")
-        except StorageError:
-            raise
-        except StoreError:  # gc removes old reports
-            continue
-        with suppress(KeyError, TypeError, ValueError):  # a rollback's, or of another version
-            found.append(_parse_report(run, report))
-    return found
+    return PastRuns(store=store, runs=tuple(dict.fromkeys(one.run for one in releases)))
+
+
+def _read_run(store: Store, run: str) -> PastRun | None:
+    try:
+        return _parse_report(run, store.read_json("runs", run, "report.json"))
+    except StorageError:
+        raise
+    except StoreError:  # gc removes old reports
+        return None
+    except (KeyError, TypeError, ValueError):  # a rollback's, or of another version
+        return None
 
 
 def _parse_report(run: str, report: Mapping[str, Any]) -> PastRun:
     stages = {one["stage"]: float(one["seconds"]) for one in report["stages"]}
     rates = {one["stage"]: one["rows_per_s"] or 0.0 for one in report["stages"]}
+    cluster = report["cluster"]
+    done = {"fp32": report["rows_fp32"], "bf16": report["rows_bf16"]}
     return PastRun(
         run=run,
-        report=report,
+        machines=str(cluster["name"]),
+        cpus=int(cluster["cpus"]),
+        most_cpus=int(cluster["most_cpus"]),
+        embedders=Embedders(**cluster["embedders"]),
+        embedded=int(report["embedded"] + report["rejected_in_run"]),
+        precisions=frozenset(name for name, rows in done.items() if rows),
+        embed_s=float(report["embed_s"]),
+        image_bytes=int(report["image_bytes"]),
+        written_bytes=int(report["written_bytes"]),
         config=JobConfig.model_validate(report["config"]),
         stages=stages,
         rows={name: round(rates[name] * seconds) for name, seconds in stages.items()},
@@ -155,53 +189,58 @@ class EmbedRate:
 
 
 def find_embed_rate(
-    past: Sequence[PastRun], embedders: Embedders, rows: int
+    past: Iterable[PastRun], embedders: Embedders, rows: int
 ) -> tuple[EmbedRate | None, str]:
     """Return the rate of the newest run that embedded enough, else of the largest.
 
     Args:
         past: Runs of the encoder, newest first.
-        embedders: Of the planned run: on GPUs or not, and how precisely.
+        embedders: Of the planned run: on GPUs or not, and how precisely; auto fits any precision.
         rows: To embed.
 
     Returns:
         The rate; or None, and why there is none.
     """
     kind = "a GPU" if embedders.gpus else "CPUs"
-    same = [one for one in past if one.embedded and _is_same_kind(one, embedders)]
-    if not same:
-        others = [one for one in past if one.embedded]
-        what = f"no earlier run on {kind}" + (f" in {embedders.precision}" if others else "")
-        return None, what
-    enough = min(ENOUGH_ROWS, ENOUGH_SHARE * rows)
-    found = next((one for one in same if one.embedded >= enough), None)
-    return _rate_of(found or max(same, key=lambda one: one.embedded)), ""
+    same = ((one, one.embedded) for one in past if _is_same_kind(one, embedders))
+    found, _ = _choose(same, min(ENOUGH_ROWS, ENOUGH_SHARE * rows))
+    if found is None:
+        precisely = "" if embedders.precision == "auto" else f" in {embedders.precision}"
+        return None, f"no earlier run on {kind}{precisely}"
+    return _rate_of(found[0]), ""
 
 
 def _is_same_kind(run: PastRun, embedders: Embedders) -> bool:
-    had = run.report["cluster"]["embedders"]
-    same = bool(had["gpus"]) == bool(embedders.gpus)
-    return same and had["count"] > 0 and had["precision"] == embedders.precision
+    had = run.embedders
+    precise = embedders.precision == "auto" or run.precisions == {embedders.precision}
+    same = bool(had.gpus) == bool(embedders.gpus) and precise
+    return same and had.count > 0 and run.embedded > 0
+
+
+def name_precisions(names: Iterable[str]) -> str:
+    """Return words such as " in fp32", to follow a number of rows; empty for none."""
+    words = " and ".join(sorted(names))
+    return f" in {words}" if words else ""
 
 
 def _rate_of(run: PastRun) -> EmbedRate:
-    report, rows = run.report, run.embedded
+    rows = run.embedded
     steps = {
         name.removeprefix("embed: "): seconds / rows
         for name, seconds in run.stages.items()
         if name.startswith("embed: ")
     }
     rate = EmbedRate(
-        source=f"run {run.run}, {rows:,} rows on {report['cluster']['name']}",
+        source=f"run {run.run}, {rows:,} rows{name_precisions(run.precisions)} on {run.machines}",
         rows=rows,
-        embedders=Embedders(**report["cluster"]["embedders"]),
+        embedders=run.embedders,
         start_s=0.0,
         steps=steps,
-        image_bytes=report["image_bytes"] / rows,
-        written_bytes=report["written_bytes"] / rows,
+        image_bytes=run.image_bytes / rows,
+        written_bytes=run.written_bytes / rows,
     )
     working = rate.seconds(rows, rate.embedders, run.cpus)
-    return EmbedRate(**vars(rate) | {"start_s": max(0.0, report["embed_s"] - working)})
+    return replace(rate, start_s=max(0.0, run.embed_s - working))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,10 +250,12 @@ class Figure:
     Attributes:
         value: Seconds or bytes.
         source: What it is taken from, or why it is unknown.
+        too_high: Whether it is scaled from a run of far less work, which was mostly start-up.
     """
 
     value: float | None
     source: str
+    too_high: bool = False
 
 
 def scale_stage(
@@ -237,15 +278,28 @@ def scale_stage(
     Returns:
         None if no run has the stage.
     """
-    runs = [one for one in past if one[1] > 0]
-    if not runs:
+    timed = (((run, seconds), done) for run, seconds, done in past if seconds > 0)
+    found, enough = _choose(timed, ENOUGH_SHARE * work)
+    if found is None:
         return None
-    newest = next((one for one in runs if one[2] >= ENOUGH_SHARE * work), None)
-    run, seconds, done = newest or max(runs, key=lambda one: one[2])
+    (run, seconds), done = found
     ratio = work / done if work and done else 1.0
     value = seconds * float(ratio**power) * getattr(run, workers) / max(1, here)
-    far = "" if newest else f", of {1 / ratio:.1%} of this work: start-up makes it too high"
-    return Figure(value=value, source=f"run {run.run}{far}")
+    far = "" if enough else f", of {1 / ratio:.1%} of this work: start-up makes it too high"
+    return Figure(value=value, source=f"run {run.run}{far}", too_high=not enough)
+
+
+def _choose(past: Iterable[tuple[T, float]], enough: float) -> tuple[tuple[T, float] | None, bool]:
+    """Return the first that did enough work, else the one with most; and whether it was enough.
+
+    What comes after the first is not asked for: each run is a report to read.
+    """
+    small = []
+    for one in past:
+        if one[1] >= enough:
+            return one, True
+        small.append(one)
+    return max(small, key=lambda one: one[1], default=None), False
 
 
 def train_rows(config: IndexConfig, spec: IndexSpec, count: int) -> int:

@@ -18,7 +18,9 @@ from jobs.storage import StorageError
 FILE = "plan.json"
 
 
-def write_plan(run: Run, config: JobConfig, space: VectorSpace, plan: Mapping[str, Any]) -> str:
+def write_plan(
+    run: Run, config: JobConfig, space: VectorSpace, plan: Mapping[str, Any], *, of_ray: bool
+) -> str:
     """Write `runs/<run>/plan.json`, which the next run of the same job is compared with.
 
     Args:
@@ -26,6 +28,7 @@ def write_plan(run: Run, config: JobConfig, space: VectorSpace, plan: Mapping[st
         config: The job.
         space: What it makes of the encoder.
         plan: A `Plan` as plain values.
+        of_ray: Whether it is made for the machines of Ray; that for others is no run's plan.
 
     Returns:
         Its address.
@@ -35,7 +38,7 @@ def write_plan(run: Run, config: JobConfig, space: VectorSpace, plan: Mapping[st
     """
     made = {"run": run.run_id, "created_at": datetime.now(UTC).isoformat(timespec="seconds")}
     return run.store.write_json(
-        made | _key(run, config, space) | dict(plan), "runs", run.run_id, FILE
+        made | _key(run, config, space) | {"of_ray": of_ray, **plan}, "runs", run.run_id, FILE
     )
 
 
@@ -44,7 +47,8 @@ def _key(run: Run, config: JobConfig, space: VectorSpace) -> dict[str, Any]:
     return {
         "release": run.parent.version if run.parent else None,
         "encoder": space.encoder,
-        "catalog": config.catalog.model_dump(mode="json"),
+        "config": config.model_dump(mode="json"),
+        "of_ray": True,
     }
 
 
@@ -70,11 +74,15 @@ def plan_of_run(run: Run, config: JobConfig, space: VectorSpace, work: Work) -> 
 
 
 def _find_plan(run: Run, key: Mapping[str, Any]) -> dict[str, Any] | None:
+    first = run.parent.run if run.parent else ""  # an older plan is of an older release
     for file in reversed(list_files(run.store, "runs")):
-        if not file.path.endswith(f"/{FILE}"):
+        folders = file.path.split("/")
+        if folders[2:] != [FILE]:
             continue
+        if folders[1] < first:
+            return None
         try:
-            plan = run.store.read_json(*file.path.split("/"))
+            plan = run.store.read_json(*folders)
         except StorageError:
             raise
         except StoreError:  # gc removes old ones
@@ -90,7 +98,7 @@ def compare_plan(plan: Mapping[str, Any], truth: Mapping[str, Any]) -> dict[str,
     Args:
         plan: As `plan_of_run` returns it.
         truth: Of the report: run, embedded, rejected_in_run, image_bytes, written_bytes, indexes
-            and stages; an idle one has the last alone.
+            and stages.
 
     Returns:
         The plan's run, its machines, and `figures`: name, unit, plan, truth, ratio (truth over
@@ -108,7 +116,7 @@ def compare_plan(plan: Mapping[str, Any], truth: Mapping[str, Any]) -> dict[str,
 
 
 def _figures(plan: Mapping[str, Any], truth: Mapping[str, Any]) -> list[dict[str, Any]]:
-    rows = truth.get("embedded", 0) + truth.get("rejected_in_run", 0)
+    rows = truth["embedded"] + truth["rejected_in_run"]
     figures = [_figure("rows to embed", "rows", plan["rows"]["to_embed"], rows, "the comparison")]
     spent: dict[str, float] = {}
     for one in truth["stages"]:  # a run that began again has a stage twice
@@ -117,8 +125,6 @@ def _figures(plan: Mapping[str, Any], truth: Mapping[str, Any]) -> list[dict[str
         name = stage["stage"]
         figures.append(_figure(name, "s", stage["seconds"], spent.get(name), stage["source"]))
     figures.append(_whole(plan, spent))
-    if "image_bytes" not in truth:
-        return figures
     written = [
         file["size_bytes"]
         for index in truth["indexes"]

@@ -11,15 +11,16 @@ from typing import Any
 
 import ray
 
+from encoders.checkpoint_files import checkpoint_files
 from jobs.catalog import Catalog
 from jobs.cluster import gather, ray_session
 from jobs.config import JobConfig
 from jobs.diff import Diff
 from jobs.errors import ConfigError
 from jobs.files import list_files
-from jobs.inputs import made_encoder, open_catalog, read_fusion
+from jobs.inputs import find_contract, made_encoder, open_catalog, read_fusion
 from jobs.items import read_unit
-from jobs.pipeline import compare, describe_counts
+from jobs.pipeline import choose_precision, compare, describe_counts, is_idle
 from jobs.plan import Calibration, make_plan, read_given, work_of
 from jobs.plan_cluster import Cluster, add_prices, live_cluster, read_cluster
 from jobs.plan_index import FieldPlan, IndexRates
@@ -45,7 +46,7 @@ class Preview:
             unchanged, metadata_changed, retried, formerly_rejected.
         examples: Kind to product ids.
         to_embed: Rows that would be embedded.
-        up_to_date: Whether the newest release shows the catalog as it is.
+        up_to_date: Whether a refresh would do nothing; see `jobs.pipeline.is_idle`.
         plan: See `jobs.plan.Plan`.
         address: Of the plan that was written; empty: none was.
     """
@@ -92,7 +93,7 @@ def plan_run(
         diff = compare(run, config, catalog, space)
         preview = make_preview(run, config, catalog, diff, (directory, space), planned)
         with run.stage("write the plan"):
-            address = write_plan(run, config, space, preview.plan)
+            address = write_plan(run, config, space, preview.plan, of_ray=cluster is None)
     return replace(preview, address=address)
 
 
@@ -123,11 +124,12 @@ def make_preview(
     other = run.parent is not None and run.parent.encoder != encoder[1].encoder
     parent = None if other else run.parent
     command = "reindex" if other else "refresh"
-    work = work_of(diff, catalog.rows, parent, command=command)
+    idle = is_idle(run, diff, config)
+    work = work_of(diff, catalog.rows, parent, command=command, idle=idle)
     given = read_given(run, config, encoder[1], planned, work)
     given = replace(
         given,
-        weights_bytes=sum(one.stat().st_size for one in encoder[0].rglob("*") if one.is_file()),
+        weights_bytes=sum((encoder[0] / n).stat().st_size for n in checkpoint_files(encoder[0])),
         store_bytes=None if short else _store_bytes(run.store),
     )
     embeds = partial(_calibrate, run, config, catalog, diff, encoder, live, planned)
@@ -141,7 +143,7 @@ def make_preview(
         counts=describe_counts(diff.counts),
         examples=_name_examples(catalog, run.store, diff),
         to_embed=diff.todo_rows,
-        up_to_date=diff.up_to_date,
+        up_to_date=idle,
         plan=asdict(plan),
     )
 
@@ -160,6 +162,9 @@ def _calibrate(
     if bool(live.embedders(embed).gpus) != bool(planned.embedders(embed).gpus):
         return None
     with run.stage("calibrate embedding"):
+        if embed.precision == "auto":
+            chosen = choose_precision(embed, find_contract(run.store, *encoder))
+            config = config.model_copy(update={"embed": chosen})
         return probe_embedding(run, config, catalog, diff, encoder, live)
 
 

@@ -17,7 +17,7 @@ from jobs.plan_truth import compare_plan, plan_of_run
 from jobs.report import write_report
 from jobs.run import Run
 from jobs.store import Release
-from jobs.trace import write_trace
+from jobs.trace import Actor, read_actors, write_trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +79,10 @@ def conclude(
     """
     rows = built.live.rows.vectors + built.live.rows.rejected
     failures = check_gate(task.config.gate, rows, built, run.parent)
-    work = _work(run, task, changes.embedded)
-    plan = changes.plan or plan_of_run(run, task.config, task.space, _work_of_reindex(built))
-    release = _make_release(run, task, built, rows, work)
+    release = _make_release(run, task, built, rows, _work(run, task, changes.embedded))
+    # Before the commit: a published run must not fail for what its report lacks.
+    report = _describe(run, task, built, changes, release) | {"gate_failures": failures}
+    actors = read_actors(run) if changes.embedded.writes else []
     published = publish and not failures
     if published:
         run.store.publish(release)
@@ -90,33 +91,8 @@ def conclude(
     _tell_metrics(run, built, release, failures, published=published)
     number = release.version if published else None
     run.log("gate", failures=failures, published=published, release=number)
-    before = run.parent.version if run.parent else 0
-    report = asdict(release) | {
-        "command": run.command,
-        "published": published,
-        "release": release.version if published else before,
-        "gate_failures": failures,
-        "parent": before or None,
-        **describe_changes(changes),
-        "worker_s": work["worker_s"],
-        "share_of_first_build": _share_of_first_build(work, "worker_s"),
-        "wall_share_of_first_build": _share_of_first_build(work, "embed_s"),
-        "rejects": built.rejects,
-        "masked": built.masked,
-        "placeholders": built.placeholders,
-        "indexes": [asdict(index) for index in built.indexes],
-        "labelled": {
-            "queries": built.measured.queries,
-            "by": "photo" if task.asks_with_photos else "words",
-            "recall": built.measured.recall,
-            "failed": built.measured.failed,
-        },
-        "stages": run.stages,
-        "config": task.config.model_dump(mode="json"),
-    }
-    report["cluster"] = describe_cluster(live_cluster(task.config.ray.address), task.config.embed)
-    report["plan"] = compare_plan(plan, report)
-    address = _write_report(run, task, built, changes.embedded, report)
+    report |= {"published": published, "release": number or release.version - 1}
+    address = _write_report(run, task, built, changes.embedded, actors, report)
     if failures:
         raise GateError(failures, address)
     return RunResult(
@@ -136,6 +112,34 @@ def conclude(
         metadata_changed=changes.counts.metadata_changed,
         embedded=changes.embedded.embedded,
     )
+
+
+def _describe(
+    run: Run, task: BuildTask, built: Built, changes: Changes, release: Release
+) -> dict[str, Any]:
+    """Return the report, but for what came of the run and where its time went."""
+    work = release.quality["work"]
+    plan = changes.plan or plan_of_run(run, task.config, task.space, _work_of_reindex(built))
+    report = asdict(release) | {
+        **describe_changes(changes),
+        "worker_s": work["worker_s"],
+        "share_of_first_build": _share_of_first_build(work, "worker_s"),
+        "wall_share_of_first_build": _share_of_first_build(work, "embed_s"),
+        "rejects": built.rejects,
+        "masked": built.masked,
+        "placeholders": built.placeholders,
+        "indexes": [asdict(index) for index in built.indexes],
+        "labelled": {
+            "queries": built.measured.queries,
+            "by": "photo" if task.asks_with_photos else "words",
+            "recall": built.measured.recall,
+            "failed": built.measured.failed,
+        },
+        "stages": run.stages,
+        "config": task.config.model_dump(mode="json"),
+    }
+    report["cluster"] = describe_cluster(live_cluster(task.config.ray.address), task.config.embed)
+    return report | {"plan": compare_plan(plan, report)}
 
 
 def _work_of_reindex(built: Built) -> PlannedWork:
@@ -161,12 +165,17 @@ def _tell_metrics(
 
 
 def _write_report(
-    run: Run, task: BuildTask, built: Built, embedded: EmbedResult, report: dict[str, Any]
+    run: Run,
+    task: BuildTask,
+    built: Built,
+    embedded: EmbedResult,
+    actors: list[Actor],
+    report: dict[str, Any],
 ) -> str:
     """Write trace, report, log; after the commit a fault there must not look like a failed run."""
     root, sheet = task.catalog.root, built.measured.sheet
     try:
-        report["time"] = write_trace(run, embedded.writes, embedded.seconds)
+        report["time"] = write_trace(run, embedded.writes, embedded.seconds, actors)
         address = write_report(run.store, run.run_id, report, sheet, root, task.config.images)
         run.write_log()
     except StoreError as error:

@@ -37,7 +37,7 @@ def refresh(config: JobConfig, progress: Progress) -> RunResult:
     with hold_lease(run.store, run.run_id, run.parent):
         inputs = open_inputs(config, run)
         check_same_encoder(run, inputs.space)
-        with ray_session(config.ray):
+        with ray_session(config.ray), run.counted():
             return on_machines(run, inputs, lambda: refresh_catalog(run, inputs))
 
 

@@ -37,7 +37,7 @@ def reindex(config: JobConfig, progress: Progress, *, publish: bool = True) -> R
         raise StoreError(f"store {run.store.root} has no release; run `vitrine refresh` first")
     with hold_lease(run.store, run.run_id, run.parent):
         inputs = open_inputs(config, run)
-        with ray_session(config.ray):
+        with ray_session(config.ray), run.counted():
             same = run.parent.encoder == inputs.space.encoder
             work = _rebuild if same else refresh_catalog
             return on_machines(run, inputs, lambda: work(run, inputs, publish=publish))

@@ -97,13 +97,12 @@ def _line(curve: Sequence[dict[str, Any]], key: str) -> Line:
     return [one["cost"] / 1e3 for one in curve], [one[key] for one in curve]
 
 
-def write_idle_report(run: Run, release: Release, plan: dict[str, Any]) -> str:
+def write_idle_report(run: Run, release: Release) -> str:
     """Write the report of a run that found nothing to do.
 
     Args:
         run: The run.
         release: The newest release, which shows the catalog as it is.
-        plan: See `jobs.plan_truth.compare_plan`.
 
     Returns:
         Address of report.html.
@@ -114,7 +113,6 @@ def write_idle_report(run: Run, release: Release, plan: dict[str, Any]) -> str:
         "published": False,
         "stages": run.stages,
         "embedded": 0,
-        "plan": plan,
         "time": write_trace(run, (), {}),
     }
     return render_report(run.store, run.run_id, "idle.html", report)

@@ -43,6 +43,7 @@ class Run:
         began_at: When it began, in seconds since 1970.
         stages: Of each stage: its name, when it began in seconds after the run did, its seconds,
             and rows a second. Of a step inside a stage, `began_s` is None.
+        begun_again: Why its work was begun again, each time.
     """
 
     def __init__(
@@ -61,6 +62,8 @@ class Run:
         self.command, self.store, self.progress = command, store, progress
         self.parent: Release | None = store.current_release()
         self.stages: list[dict[str, Any]] = []
+        self.begun_again: list[str] = []
+        self._is_counted = False
         self._sink = _Sink()
         self._log = structlog.wrap_logger(
             structlog.WriteLogger(self._sink),
@@ -92,8 +95,10 @@ class Run:
                 yield counted
         except BaseException as error:
             self.log("stage failed", error=f"{type(error).__name__}: {error}")
-            self._count_stage(name, self.elapsed_s() - began_s, counted["rows"])
-            self.count("failed")
+            self._log = self._log.bind(stage=None)
+            seconds = self.elapsed_s() - began_s
+            self.add_stage(f"{name} (failed)", seconds, counted["rows"], began_s)
+            self._count_stage(name, seconds, counted["rows"])
             if not isinstance(error, StorageError):  # each write would wait for it again
                 with contextlib.suppress(StoreError, OSError):  # the first error is what is told
                     self.write_log()
@@ -115,9 +120,24 @@ class Run:
         """Return the seconds since the run began."""
         return time.monotonic() - self._began
 
+    def begin_again(self, reason: str) -> None:
+        """Record that the run's work is begun again, and why."""
+        self.begun_again.append(reason)
+        self.log("begin again", reason=reason)
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count the run as failed if the block raises and did not count it itself."""
+        try:
+            yield
+        except BaseException:
+            self.count("failed")
+            raise
+
     def count(self, outcome: metrics.Outcome) -> None:
-        """Count the run as ended."""
-        if self._writes:
+        """Count the run as ended; once, whatever follows."""
+        if self._writes and not self._is_counted:
+            self._is_counted = True
             metrics.count_run(self.command, outcome)
 
     def _show_stage(self, name: str) -> None:

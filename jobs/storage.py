@@ -49,6 +49,7 @@ LINE_CHARS: Final = 320
 # What reading a Parquet file ends with that is cut, damaged, or on a storage that cuts its answers.
 PARQUET_ERRORS: Final = (OSError, pa.ArrowException, UnicodeDecodeError, *S3_RETRYABLE_ERRORS)
 RAY_NODE: Final = re.compile(r"\(Ray node ([0-9a-f]{56})\)")  # as `on_machine` names it
+REFUSED: Final = ", refused"  # before a machine whose own role or clock may be why
 _BACKTRACE: Final = re.compile(r"\n\s+0: .*", re.DOTALL)  # of Rust, without a name in it
 _ANSWER: Final = re.compile(r"<\?xml.*?<Code>(.*?)</Code>.*?<Message>(.*?)</Message>.*", re.DOTALL)
 _log = logging.getLogger(__name__)
@@ -148,12 +149,17 @@ def storage_errors(address: str, doing: str) -> Iterator[None]:
         doing: As in "written": `ADDRESS can't be written: …`.
 
     Raises:
-        StoreError: The block raised an OSError, or an answer was cut again and again.
+        StoreError: The block raised an OSError, or an answer was cut again and again. Of what was
+            refused on a cluster it names the machine.
     """
     try:
         yield
     except FileNotFoundError as error:
         raise StoreError(f"{address} is missing") from error
+    except PermissionError as error:
+        machine = on_machine()
+        where = f"{REFUSED}{machine}" if machine else ""
+        raise StoreError(f"{address} can't be {doing}{where}: {one_line(error)}") from error
     except (OSError, *S3_RETRYABLE_ERRORS) as error:  # the last: an answer cut every time
         raise StoreError(f"{address} can't be {doing}: {one_line(error)}") from error
 

@@ -6,6 +6,7 @@ report shows the same in short.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,43 +76,49 @@ def read_write(row: Mapping[str, Any]) -> Write:
 
 
 def read_actors(run: Run) -> list[Actor]:
-    """Ask Ray for the actors that this run has embedded with."""
+    """Ask Ray for the actors of this run's last embedding; none if Ray tells less than it did."""
+    since_s = max((one["began_s"] for one in run.stages if one["stage"] == "embed"), default=0.0)
     job, now = ray.get_runtime_context().get_job_id(), run.began_at + run.elapsed_s()
-    found = []
-    for one in state.actors().values():
-        name, began_at = one["ActorClassName"], one["StartTime"] / 1e3
-        if one["JobID"] != job or "Embedder" not in name or began_at < run.began_at:
-            continue
-        found.append(
+    with suppress(KeyError):  # Ray promises nothing of this table
+        return [
             Actor(
                 node=one["Address"]["IPAddress"],
                 pid=one["Pid"],
-                began_at=began_at,
+                began_at=one["StartTime"] / 1e3,
                 ended_at=one["EndTime"] / 1e3 or now,
-                prepares="prepare_rows" in name,
+                prepares="prepare_rows" in one["ActorClassName"],
             )
-        )
-    return found
+            for one in state.actors().values()
+            if one["JobID"] == job
+            and "Embedder" in one["ActorClassName"]
+            and one["StartTime"] / 1e3 >= run.began_at + since_s
+        ]
+    return []
 
 
-def write_trace(run: Run, writes: Sequence[Write], seconds: Mapping[str, float]) -> dict[str, Any]:
+def write_trace(
+    run: Run,
+    writes: Sequence[Write],
+    seconds: Mapping[str, float],
+    actors: Sequence[Actor] = (),
+) -> dict[str, Any]:
     """Write `trace.json`; return what the report says of time.
 
     Args:
         run: The run; it is nearly over.
         writes: The data files that it wrote.
         seconds: What each step of embedding took, summed over all workers, as `decode_s`.
+        actors: Those that embedded.
 
     Raises:
         StoreError: It can't be written.
     """
     wall_s = run.elapsed_s()
-    actors = read_actors(run) if writes else []
     spans = list_spans(run.stages, wall_s)
     trace = make_trace(f"vitrine {run.command} {run.run_id}", run.began_at, spans, writes, actors)
     run.store.write_text(json.dumps(trace, separators=(",", ":")), "runs", run.run_id, "trace.json")
     embed = describe_embedding(actors, seconds, run.began_at) if writes else None
-    return {"wall_s": wall_s, "spans": spans, "embed": embed}
+    return {"wall_s": wall_s, "spans": spans, "embed": embed, "begun_again": run.begun_again}
 
 
 def list_spans(stages: Iterable[Mapping[str, Any]], wall_s: float) -> list[dict[str, Any]]:
@@ -141,7 +148,7 @@ def describe_embedding(
     """Return the seconds of each step beside what all actors had.
 
     Args:
-        actors: All of the run.
+        actors: All of the last embedding.
         seconds: What each step took, summed over all workers, as `decode_s`.
         began_at: The run's beginning, in seconds since 1970.
 

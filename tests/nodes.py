@@ -140,9 +140,14 @@ class Cluster:
             assert time.monotonic() < deadline
             time.sleep(0.2)
 
+    @property
+    def next_host(self):
+        """Address of the worker that is added next."""
+        return f"127.0.0.{self._count + 1}"
+
     def add(self, *, hidden=None, **environment):
         """Start a worker of one CPU, with more in its environment and a folder hidden from it."""
-        host, join = f"127.0.0.{self._count + 1}", (f"--address={self.address}", "--num-cpus=1")
+        host, join = self.next_host, (f"--address={self.address}", "--num-cpus=1")
         node = self._start(host, *join, hidden=hidden, environment=environment)
         self.workers.append(node)
         return node

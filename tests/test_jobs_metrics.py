@@ -26,13 +26,17 @@ NAME = re.compile(r"\bray_[a-z0-9_]+")
 # It keeps the last value of each series, as Prometheus does: Ray drops old gauges.
 RUN = """
 import json, sys, threading, time, urllib.request
+from contextlib import suppress
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 from jobs.cluster import ray_session
 from jobs.config import JobConfig
+from jobs.errors import JobError
 from jobs.metrics import scrape_addresses
 from jobs.progress import Progress
 from jobs.refresh import refresh
+from jobs.run import Run
+from jobs.store import Store
 
 config, quiet = JobConfig.model_validate_json(sys.argv[1]), Progress(quiet=True)
 seen, over = {}, threading.Event()
@@ -47,11 +51,20 @@ def scrape(address):
 def has_ended():
     return any(("outcome", "idle") in labels for _, labels in list(seen))
 
+def fail():
+    run = Run("refresh", Store(config.store), quiet)
+    with suppress(JobError), run.counted():
+        with suppress(JobError), run.stage("embed"):
+            raise JobError("a machine died, and the work is begun again")
+        raise JobError("between two stages")
+
 with ray_session(config.ray):
     (address,) = scrape_addresses()
     scraper = threading.Thread(target=scrape, args=(address,))
     scraper.start()
-    done = [refresh(config, quiet) for _ in range(2)]
+    done = [refresh(config, quiet)]
+    fail()
+    done.append(refresh(config, quiet))
     deadline = time.monotonic() + 30
     while not has_ended() and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -130,7 +143,7 @@ def test_gauges_show_the_end(scraped):
     measured = report["indexes"][0]["measured"]["intersection_at_10"]
     found = total(samples, "ray_vitrine_index_intersection_at_10", field="image")
     assert found == pytest.approx(measured)
-    for outcome in ("published", "idle"):
+    for outcome in ("published", "failed", "idle"):
         assert total(samples, "ray_vitrine_runs_total", outcome=outcome, command="refresh") == 1
 
 

@@ -34,6 +34,44 @@ SLOW_TOWERS = {  # some 20 ms an image on one core, so that what happens meets t
 }  # fmt: skip
 
 
+# Some work on one machine, as a run's: begun again without it, wherever the machine is then.
+WORK = """
+import json, sys, time
+from pathlib import Path
+import ray
+from jobs.cluster import gather, live_nodes, ray_session
+from jobs.config import RayConfig
+from jobs.machines import without_cut_off
+from jobs.storage import open_filesystem, storage_errors
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+host, address, mark, tries, reasons = *sys.argv[1:], [], []
+
+@ray.remote(num_cpus=0, max_retries=0)
+def read_and_wait():
+    with storage_errors(address, "read"):
+        open_filesystem(address)[0].cat_file(address)
+    Path(mark).touch()
+    time.sleep(300)
+
+def find():
+    return [one["NodeID"] for one in live_nodes() if one["NodeManagerAddress"] == host]
+
+def work():
+    tries.append(time.monotonic())
+    Path(mark + ".begun").touch()
+    while len(tries) == 1 and not find():
+        time.sleep(0.2)
+    for node in find():
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        gather([read_and_wait.options(scheduling_strategy=there).remote()])
+
+with ray_session(RayConfig(address="auto")):
+    without_cut_off(work, [address], reasons.append)
+print(json.dumps([len(tries), reasons]))
+"""
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """An S3 server whose bucket holds a catalog."""
@@ -217,6 +255,41 @@ def test_workers_killed_while_embedding_and_while_building(cluster, server, conf
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err[-3000:]
     assert published(server, "killed") == expected
+
+
+def start_work(cluster, host, mark):
+    """Start `WORK` on a machine that is there or will be."""
+    address = f"s3://{BUCKET}/catalog/catalog.parquet"
+    return start(cluster, [sys.executable, "-c", WORK, host, address, str(mark)])
+
+
+def test_machine_that_joined_later_is_missed(cluster, tmp_path):
+    mark = tmp_path / "mark"
+    process = start_work(cluster, cluster.next_host, mark)
+    assert act(
+        process,
+        (mark.with_suffix(".begun").exists, cluster.add),
+        (mark.exists, lambda: cluster.kill(cluster.workers[-1])),
+    ), process.communicate(timeout=100)[1][-3000:]
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err[-3000:]
+    tries, (reason,) = json.loads(out.splitlines()[-1])
+    assert tries == 2
+    assert reason.startswith("a machine was lost: ")
+
+
+def test_machine_that_the_store_refuses_gets_no_more_work(cluster, tmp_path):
+    refused = cluster.add(AWS_SECRET_ACCESS_KEY="of another shop")
+    cluster.wait()
+    process = start_work(cluster, refused.host, tmp_path / "mark")
+    out, err = process.communicate(timeout=100)
+    cluster.kill(refused)
+    assert process.returncode == 0, err[-3000:]
+    tries, (reason,) = json.loads(out.splitlines()[-1])
+    assert tries == 2
+    assert ", refused on machine " in reason
+    (line,) = [line for line in err.splitlines() if "gets no more work" in line]
+    assert f"({refused.host})" in line
 
 
 def test_node_that_the_store_does_not_answer_gets_no_more_work(cluster, server, config, expected):

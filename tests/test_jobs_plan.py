@@ -3,20 +3,27 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from store_maker import Row, append, publish
 
+from encoders.checkpoint import load_model, save_checkpoint
+from encoders.create import create_checkpoint
+from encoders.spec import EncoderSpec
+from jobs import plan_truth
 from jobs.config import EmbedConfig, JobConfig
 from jobs.errors import ConfigError
 from jobs.plan_cluster import Cluster, Machines, add_prices, read_cluster
 from jobs.plan_rates import EmbedRate, describe_cluster, find_embed_rate, read_past, scale_stage
-from jobs.plan_truth import compare_plan
+from jobs.plan_truth import compare_plan, write_plan
 from jobs.progress import Progress
-from jobs.refresh import refresh
+from jobs.refresh import preview_refresh, refresh
 from jobs.reindex import reindex
+from jobs.run import Run
 from jobs.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +46,7 @@ def test_the_repositorys_cluster_file_is_read():
     assert (cluster.cpus, cluster.gpus, cluster.most_cpus) == (24 * 16, 8, 16)
     assert cluster.most_memory is None  # gpu_embed doesn't say its own
     embedders = cluster.embedders(EmbedConfig())
-    assert (embedders.count, embedders.gpus, embedders.precision) == (8, 1.0, "bf16")
+    assert (embedders.count, embedders.gpus, embedders.precision) == (8, 1.0, "auto")
     assert cluster.embedders(EmbedConfig(gpus_per_actor=0.5)).count == 16
     assert cluster.embedders(EmbedConfig(gpus_per_actor=0, precision="fp32")).count == 24 * 16
 
@@ -120,11 +127,13 @@ def test_decoding_cores_limit_a_gpu():
     assert rate.needs_cpus() == pytest.approx(40)
 
 
-def add_report(store, run, rows, cluster, seconds_a_row):
+def add_report(store, run, rows, cluster, seconds_a_row, *, bf16=False, without=()):
     publish(store, run)
     report = {
         "embedded": rows,
         "rejected_in_run": 0,
+        "rows_fp32": 0 if bf16 else rows,
+        "rows_bf16": rows if bf16 else 0,
         "embed_s": 3 + rows * seconds_a_row / 2,
         "image_bytes": 100 * rows,
         "written_bytes": 50 * rows,
@@ -136,6 +145,7 @@ def add_report(store, run, rows, cluster, seconds_a_row):
             {"stage": "write ids", "seconds": rows / 100, "rows_per_s": 100.0},
         ],
     }
+    report = {name: value for name, value in report.items() if name not in without}
     store.write_json(report, "runs", run, "report.json")
 
 
@@ -153,14 +163,19 @@ def config_of(store, catalog, **sections):
 
 
 @pytest.fixture
-def past(tmp_path):
-    """Runs of 5,000, of 2,000 and of 20 rows, the last one the newest; one has no report."""
+def store(tmp_path):
     store = Store(str(tmp_path / "store"))
     append(store, [Row(0, 1)])
+    return store
+
+
+@pytest.fixture
+def past(store):
+    """Runs of 5,000, of 2,000 and of 20 rows, the last one the newest; one has no report."""
     publish(store, "20260101T000000-000000")
     for number, (rows, seconds) in enumerate([(5000, 0.4), (2000, 0.2), (20, 1.0)]):
         add_report(store, f"2026020{number}T000000-000000", rows, make_cluster(), seconds)
-    return read_past(store, ENCODER)
+    return list(read_past(store, ENCODER))
 
 
 def test_rates_come_from_the_newest_run_that_embedded_enough(past):
@@ -176,8 +191,38 @@ def test_rates_come_from_the_newest_run_that_embedded_enough(past):
 
 def test_no_gpu_rate_is_made_of_cpu_rates(past):
     gpus = make_cluster(gpus=1).embedders(EmbedConfig())
-    assert find_embed_rate(past, gpus, 100) == (None, "no earlier run on a GPU in bf16")
-    assert find_embed_rate([], gpus, 100) == (None, "no earlier run on a GPU")
+    assert find_embed_rate(past, gpus, 100) == (None, "no earlier run on a GPU")
+    bf16 = make_cluster(gpus=1).embedders(EmbedConfig(precision="bf16"))
+    assert find_embed_rate(past, bf16, 100) == (None, "no earlier run on a GPU in bf16")
+
+
+def test_a_rate_is_of_the_precision_that_rows_were_embedded_in(store):
+    add_report(store, "20260201T000000-000000", 3000, make_cluster(), 0.4)
+    add_report(store, "20260202T000000-000000", 2000, make_cluster(), 0.1, bf16=True)
+    past = read_past(store, ENCODER)
+    for precision, rows in {"auto": 2000, "bf16": 2000, "fp32": 3000}.items():
+        embedders = make_cluster().embedders(EmbedConfig(precision=precision))
+        assert find_embed_rate(past, embedders, 1000)[0].rows == rows
+
+
+@pytest.mark.parametrize("name", ["cluster", "rows_bf16", "image_bytes", "stages", "config"])
+def test_a_report_that_lacks_a_figure_is_of_no_past_run(store, name):
+    add_report(store, "20260201T000000-000000", 3000, make_cluster(), 0.4)
+    add_report(store, "20260202T000000-000000", 2000, make_cluster(), 0.1, without=[name])
+    assert [one.embedded for one in read_past(store, ENCODER)] == [3000]
+
+
+def test_no_more_reports_are_read_than_a_rate_needs(store):
+    add_report(store, "20260201T000000-000000", 3000, make_cluster(), 0.4)
+    add_report(store, "20260202T000000-000000", 2000, make_cluster(), 0.1)
+    past = read_past(store, ENCODER)
+    embedders = make_cluster().embedders(EmbedConfig())
+    assert find_embed_rate(past, embedders, 1000)[0].rows == 2000
+    oldest = Path(store.uri("runs", "20260201T000000-000000", "report.json"))
+    oldest.unlink()  # it was not read yet
+    newest = Path(store.uri("runs", "20260202T000000-000000", "report.json"))
+    newest.unlink()  # it was, and is kept
+    assert [one.embedded for one in past] == [2000]
 
 
 def test_a_stage_is_scaled_by_work_and_cpus(past):
@@ -185,7 +230,9 @@ def test_a_stage_is_scaled_by_work_and_cpus(past):
     one = scale_stage(runs, 4000, workers="cpus", here=4)
     assert one.value == pytest.approx(4000 / 100 / 2)
     assert past[1].run in one.source
+    assert not one.too_high
     far = scale_stage(runs, 10_000_000, workers="cpus", here=2)
+    assert far.too_high
     assert "start-up makes it too high" in far.source
     assert scale_stage([], 1, workers="cpus", here=2) is None
 
@@ -201,17 +248,45 @@ def test_what_was_unknown_or_not_measured_has_no_ratio():
         ],
         "seconds": 2.0,
         "unknown": ["index image"],
+        "bytes": {name: {"value": 10, "source": "s"} for name in ("image", "table", "index")},
     }
     stages = [{"stage": "embed", "seconds": 3.0}, {"stage": "index image", "seconds": 9.0}]
-    found = compare_plan(plan, {"run": "r", "embedded": 3, "rejected_in_run": 1, "stages": stages})
+    written = {"image_bytes": 20, "written_bytes": 5, "indexes": []}
+    done = {"run": "r", "embedded": 3, "rejected_in_run": 1, "stages": stages} | written
+    found = compare_plan(plan, done)
     ratios = {one["figure"]: one["ratio"] for one in found["figures"]}
     assert ratios == {
         "rows to embed": 1.0,
         "embed": 1.5,
         "index image": None,
         "the stages that were planned": 1.5,
+        "images fetched": 2.0,
+        "table written": 0.5,
+        "index files written": 0.0,
     }
     assert compare_plan({"run": "old"}, {"run": "r", "stages": []})["figures"] == []
+
+
+def test_only_a_plan_of_the_same_job_on_rays_machines_is_the_runs(store):
+    config = config_of(store.root, "catalog.parquet")
+    other = config_of(store.root, "catalog.parquet", embed={"fields": ["image"], "batch_size": 7})
+    space, key = SimpleNamespace(encoder=ENCODER), plan_truth._key
+
+    def write(job, *, of_ray):
+        run = Run("plan", store, QUIET, writes=False)
+        write_plan(run, job, space, {"rows": {}}, of_ray=of_ray)
+        return run.run_id
+
+    write(config, of_ray=False)
+    write(other, of_ray=True)
+    run = Run("refresh", store, QUIET, writes=False)
+    assert plan_truth._find_plan(run, key(run, config, space)) is None
+    right = write(config, of_ray=True)
+    write(config, of_ray=False)
+    assert plan_truth._find_plan(run, key(run, config, space))["run"] == right
+    publish(store, "20990101T000000-000000")
+    later = Run("refresh", store, QUIET, writes=False)
+    assert plan_truth._find_plan(later, key(later, config, space)) is None
 
 
 @pytest.fixture(scope="module")
@@ -267,8 +342,12 @@ def test_a_plan_before_and_a_refresh_after(job, call_vitrine, sample_catalog):
     assert "Plan and truth" in page
 
     idle = read_report(config, refresh(config, QUIET))
-    assert figures_of(idle)["rows to embed"]["truth"] == 0
-    assert idle["plan"]["made_before"] is False
+    assert "plan" not in idle
+    assert preview_refresh(config, QUIET).up_to_date
+    evaluate = config.evaluate.model_copy(update={"sample_rows": 10})
+    dry = preview_refresh(config.model_copy(update={"evaluate": evaluate}), QUIET)
+    assert not dry.up_to_date
+    assert {"write ids", "index image"} <= {one["stage"] for one in dry.plan["stages"]}
 
     rows = pq.read_table(sample_catalog / "catalog.parquet").to_pylist()
     rows = [row | {"image_uri": str(sample_catalog / row["image_uri"])} for row in rows]
@@ -287,6 +366,25 @@ def test_a_plan_before_and_a_refresh_after(job, call_vitrine, sample_catalog):
     rebuilt = read_report(other, reindex(other, QUIET, publish=False))
     assert figures_of(rebuilt)["rows to embed"]["plan"] == 0
     assert figures_of(rebuilt)["index image: exact search"]["ratio"] > 0
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_an_encoder_that_bf16_moves_is_calibrated_in_fp32(tmp_path, sample_catalog):
+    """As in test_jobs_contract; on a CPU that multiplies in bf16, auto would take that."""
+    create_checkpoint(
+        EncoderSpec(architecture="vitrine-tiny", pretrained="random"), tmp_path / "plain"
+    )
+    model, described = load_model(tmp_path / "plain")
+    with torch.no_grad():
+        model.ln_final.bias.fill_(1000)
+        model.text_projection.sub_(model.text_projection.mean(dim=0))
+    save_checkpoint(model, described, tmp_path / "sharp")
+    encoder = {"checkpoint": str(tmp_path / "sharp")}
+    job = config_of(tmp_path / "store", sample_catalog / "catalog.parquet", encoder=encoder)
+    stages = preview_refresh(job, QUIET).plan["stages"]
+    assert " rows in fp32, this machine" in next(
+        s["source"] for s in stages if s["stage"] == "embed"
+    )
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -6,12 +6,26 @@ import json
 from pathlib import Path
 
 import pytest
+import ray
+from jinja2 import Environment, PackageLoader
 
 from jobs.config import JobConfig
+from jobs.errors import JobError
 from jobs.progress import Progress
 from jobs.refresh import refresh
 from jobs.reindex import reindex
-from jobs.trace import Actor, Write, describe_embedding, list_spans, make_trace, merge_writes
+from jobs.run import Run
+from jobs.store import Store
+from jobs.trace import (
+    Actor,
+    Write,
+    describe_embedding,
+    list_spans,
+    make_trace,
+    merge_writes,
+    read_actors,
+    write_trace,
+)
 
 QUIET = Progress(quiet=True)
 
@@ -118,6 +132,40 @@ def test_what_lies_between_stages_is_a_span():
         ("end", 4.5, 0.5),
     ]
     assert list_spans([stage("a", 0.0, 5.0)], 5.0) == [stage("a", 0.0, 5.0)]
+
+
+def test_a_stage_that_failed_and_the_one_after_it(local_ray, tmp_path):
+    @ray.remote(num_cpus=0)
+    class Embedder:
+        def ready(self):
+            return True
+
+    def embed(*, fails):
+        with run.stage("embed"):
+            actor = Embedder.remote()
+            ray.get(actor.ready.remote())
+            if fails:
+                raise JobError("a machine died")
+            return actor
+
+    run = Run("refresh", Store(str(tmp_path / "store")), QUIET)
+    with pytest.raises(JobError):
+        embed(fails=True)
+    run.begin_again("a machine was lost: <it>")
+    held = embed(fails=False)
+    (actor,) = read_actors(run)
+    assert actor.pid
+    del held
+    time = write_trace(run, (), {})
+    names = [one["stage"] for one in time["spans"] if one["seconds"] > 0.1]
+    assert [name for name in names if "embed" in name] == ["embed (failed)", "embed"]
+    assert sum(one["seconds"] for one in time["spans"]) == pytest.approx(time["wall_s"], abs=0.05)
+    assert time["begun_again"] == ["a machine was lost: <it>"]
+    macros = Environment(loader=PackageLoader("jobs"), autoescape=True).get_template("macros.html")
+    told = str(macros.module.where_time_went(time))
+    assert "begun again 1 time; " in told
+    assert "1: a machine was lost: &lt;it&gt;." in told
+    assert "begun again" not in str(macros.module.where_time_went(time | {"begun_again": []}))
 
 
 def write(node, pid, began_at, rows=1):

@@ -109,6 +109,8 @@ def _connect(config: RayConfig) -> None:
         "object_store_memory": config.object_store_mb * 2**20,
         "include_dashboard": False,
     }
+    # Ray tells of dead processes on standard output, where `--json` prints one object and no more.
+    ray_worker._worker_logs_enabled = False
     try:
         if HOST_AND_PORT.fullmatch(address) and _is_away(address, CONNECT_S):
             raise JobError(f"{failed}: nothing answers there")

@@ -130,6 +130,7 @@ def embed_all(task, after_first=lambda: None):
             batch_size=None,
             compute=ActorPoolStrategy(size=2),
             fn_constructor_args=(task, 1),
+            fn_constructor_kwargs={"on_gpu": False},
             num_cpus=0.75,
         )
         .map_batches(write_rows, batch_size=None, fn_kwargs={"task": task}, num_cpus=0.25)

@@ -252,8 +252,9 @@ def test_workers_killed_while_embedding_and_while_building(cluster, server, conf
         (lambda: embedding(server, "killed"), replace),
         (lambda: building(server, "killed"), lambda: cluster.kill(first)),
     ), process.communicate(timeout=100)[1][-3000:]
-    _, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err[-3000:]
+    assert json.loads(out)["published"] is True  # one object, whatever Ray tells of the dead
     assert published(server, "killed") == expected
 
 

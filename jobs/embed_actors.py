@@ -60,11 +60,23 @@ class Actors:
 
     def count_room(self) -> int:
         """Return how many of them the machines that are there can hold."""
-        return sum(self._count_on(node["Resources"]) for node in live_nodes())
+        return sum(self.count_on(node["Resources"]) for node in live_nodes())
 
-    def _count_on(self, offered: Mapping[str, float]) -> int:
+    def count_on(self, offered: Mapping[str, float]) -> int:
+        """Return how many of them a machine can hold.
+
+        Args:
+            offered: By Ray's names, memory in bytes; what is not named it has not.
+        """
         asked = {"GPU": self.gpus, "CPU": self.cpus, "memory": self.memory_mb * MIB}
         return min(int(offered.get(name, 0) / value) for name, value in asked.items() if value)
+
+
+def one_actor(embed: EmbedConfig, *, has_gpus: bool) -> Actors:
+    """Decide what an embedding actor asks for, where nothing is configured by what there is."""
+    gpus = float(has_gpus) if embed.gpus_per_actor is None else embed.gpus_per_actor
+    cpus = embed.cpus_per_actor or int(not gpus)
+    return Actors(gpus=gpus, cpus=cpus, memory_mb=embed.memory_mb_per_actor or 0)
 
 
 def plan_actors(embed: EmbedConfig) -> Actors:
@@ -76,10 +88,7 @@ def plan_actors(embed: EmbedConfig) -> Actors:
     Raises:
         ConfigError: This machine has no room for one; a cluster may yet get a machine that has.
     """
-    gpus = embed.gpus_per_actor
-    gpus = float(cluster_gpus() > 0) if gpus is None else gpus
-    cpus = embed.cpus_per_actor or int(not gpus)
-    one = Actors(gpus=gpus, cpus=cpus, memory_mb=embed.memory_mb_per_actor or 0)
+    one = one_actor(embed, has_gpus=cluster_gpus() > 0)
     room, local = one.count_room(), is_local()
     if local and not room:
         raise ConfigError(f"an embedding actor asks for {one} (embed.*_per_actor); {_machines()}")

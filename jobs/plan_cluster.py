@@ -3,6 +3,7 @@
 Nothing here knows a cloud's machine types: what a type offers is what the file says of it.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import yaml
 
 from jobs.cluster import live_nodes
 from jobs.config import EmbedConfig
+from jobs.embed_actors import one_actor
 from jobs.errors import ConfigError
 
 HEAD = "head_node_type"
@@ -20,7 +22,6 @@ TYPES = "available_node_types"
 GROUP_LABEL = "ray.io/node-group"
 LOCAL = "local"
 ACCELERATOR = "accelerator_type:"
-MIB = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +89,11 @@ class Cluster:
 
     def embedders(self, embed: EmbedConfig) -> "Embedders":
         """Return how many actors these machines have room for, as `plan_actors` does."""
-        gpus = embed.gpus_per_actor
-        gpus = float(self.gpus > 0) if gpus is None else gpus
-        cpus = embed.cpus_per_actor or int(not gpus)
-        asked = (gpus, cpus, (embed.memory_mb_per_actor or 0) * MIB)
-        room = sum(one.count * _count_on(one, asked) for one in self.machines)
+        actor = one_actor(embed, has_gpus=self.gpus > 0)
+        room = sum(one.count * actor.count_on(_offers(one)) for one in self.machines)
         count = min(embed.actors, room) if embed.actors else room
-        threads = 1 if gpus else embed.cpus_per_actor or max(1, self.cpus // max(1, count))
-        return Embedders(count=count, gpus=gpus, threads=threads, precision=embed.precision)
+        threads = 1 if actor.gpus else embed.cpus_per_actor or max(1, self.cpus // max(1, count))
+        return Embedders(count=count, gpus=actor.gpus, threads=threads, precision=embed.precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +113,9 @@ class Embedders:
     precision: str
 
 
-def _count_on(machine: Machines, asked: tuple[float, float, float]) -> int:
-    memory = float("inf") if machine.memory_bytes is None else machine.memory_bytes
-    offered = (machine.gpus, machine.cpus, memory)
-    rooms = [has // wants for has, wants in zip(offered, asked, strict=True) if wants]
-    return int(min(rooms, default=0))
+def _offers(machine: Machines) -> dict[str, float]:
+    memory = sys.maxsize if machine.memory_bytes is None else machine.memory_bytes
+    return {"GPU": machine.gpus, "CPU": machine.cpus, "memory": memory}
 
 
 def live_cluster(address: str | None) -> Cluster:

@@ -20,6 +20,7 @@ from jobs.cluster import gather
 from jobs.config import JobConfig
 from jobs.diff import Diff
 from jobs.embed import EmbedResult, probe_rows
+from jobs.embed_actors import LEAST_ROWS
 from jobs.embed_steps import EmbedTask
 from jobs.files import delete_files, list_files
 from jobs.plan_cluster import Cluster
@@ -30,7 +31,6 @@ from jobs.space import VectorSpace
 from jobs.store import Store, scratch_folder
 
 PIECES_EACH = 3  # of each actor; its first one is left out
-CPU_PIECE_ROWS = 16
 SAMPLE_ROWS = 20_000
 PROBE_LISTS = 64
 QUERIES = 200
@@ -69,7 +69,7 @@ def probe_embedding(
     if not embedders.count:
         return None
     # A file a batch on a GPU, so that each tells its seconds.
-    rows = config.embed.batch_size if embedders.gpus else CPU_PIECE_ROWS
+    rows = config.embed.batch_size if embedders.gpus else LEAST_ROWS
     embed = config.embed.model_copy(update={"rows_per_file": rows})
     with _probe_store(run, is_local=config.ray.address is None) as store:
         store.add_checkpoint(directory, space.encoder)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from indexing.spec import IndexSpec
 from jobs.config import EmbedConfig, IndexConfig, JobConfig
+from jobs.embed_actors import LEAST_ROWS
 from jobs.errors import StoreError
 from jobs.index import MIN_TRAIN_ROWS, TRAIN_ROWS_A_LIST
 from jobs.plan_cluster import Cluster, Embedders
@@ -20,7 +21,6 @@ PAST_RELEASES = 20
 HOUR_S = 3600.0
 ENOUGH_ROWS = 1_000  # embedded by a run whose rate says something
 ENOUGH_SHARE = 0.1  # of the planned work: a smaller run is mostly start-up
-PIECE_ROWS = 16  # `jobs.embed_actors.LEAST_ROWS`: fewer rows keep fewer actors busy
 PREPARING = ("fetch", "decode", "tokenize", "write")
 
 T = TypeVar("T")
@@ -173,7 +173,7 @@ class EmbedRate:
         """
         if not rows:
             return 0.0
-        busy = max(1, min(embedders.count, -(-rows // PIECE_ROWS)))
+        busy = max(1, min(embedders.count, -(-rows // LEAST_ROWS)))
         prepare = sum(self.steps.get(name, 0.0) for name in PREPARING)
         embed = self.steps.get("embed", 0.0)
         if embedders.gpus:

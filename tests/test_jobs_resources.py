@@ -153,6 +153,7 @@ def ray_with_gpu(store_bytes):
     options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     environment = {"env_vars": WORKER_ENVIRONMENT}
     ray.init(
+        address="local",  # never another one that runs on this machine
         num_cpus=2,
         num_gpus=1,
         object_store_memory=store_bytes,

@@ -80,7 +80,8 @@ def run_point(point: Figures, task: Figures, work: Path) -> Figures:
     with tempfile.TemporaryDirectory(prefix=f"vitrine-{name}-", dir=work) as scratch:
         folder = Path(scratch)
         shared = {key: task[key] for key in ("checkpoint", "forward_s", "threads")}
-        own = shared | {key: point[key] or task[key] for key in ("batch", "precision", "photos")}
+        own = shared | {key: point[key] or task[key] for key in ("batch", "precision")}
+        own["photos"] = str(_sized(work, point["side_px"])) if point["side_px"] else task["photos"]
         own |= {"processes": point["processes"], "figures": str(folder / "figures.json")}
         if name == "stage":
             found = run_stage(own | {"catalog": task["catalog"]}, folder)
@@ -103,7 +104,7 @@ def make_points(arguments: argparse.Namespace) -> list[Figures]:
     """Return every contender at every setting, in the order in which they run."""
 
     def point(name: str, setting: str, **values: object) -> Figures:
-        told: Figures = {"batch": None, "precision": None, "processes": 1, "photos": None}
+        told: Figures = {"batch": None, "precision": None, "processes": 1, "side_px": None}
         return {"contender": name, "setting": setting} | told | values
 
     threads, precision = arguments.threads, arguments.precision
@@ -117,10 +118,7 @@ def make_points(arguments: argparse.Namespace) -> list[Figures]:
         ],
         "decode": [
             *(point("decode", f"processes {n}", processes=n) for n in some),
-            *(
-                point("decode", f"one process, {px} px", photos=str(_sized(arguments, px)))
-                for px in arguments.sides
-            ),
+            *(point("decode", f"one process, {px} px", side_px=px) for px in arguments.sides),
         ],
         "loader": [
             point("loader", f"workers {n}, {shared}", processes=n)
@@ -134,9 +132,8 @@ def make_points(arguments: argparse.Namespace) -> list[Figures]:
     return [one for name in arguments.contenders for one in points[name]]
 
 
-def _sized(arguments: argparse.Namespace, side_px: int) -> Path:
-    folder: Path = arguments.work / f"photos-{side_px}"
-    return folder
+def _sized(work: Path, side_px: int) -> Path:
+    return work / f"photos-{side_px}"
 
 
 def run_medians(points: list[Figures], task: Figures, arguments: argparse.Namespace) -> list[Any]:
@@ -154,7 +151,7 @@ def make_task(arguments: argparse.Namespace) -> Figures:
     """Make what all contenders share; return what they are told."""
     photos = make_photos(arguments.photos, arguments.work / "photos", arguments.images)
     for px in arguments.sides if "decode" in arguments.contenders else ():
-        resize_photos(photos[:SIZED_PHOTOS], _sized(arguments, px), px)
+        resize_photos(photos[:SIZED_PHOTOS], _sized(arguments.work, px), px)
     checkpoint, weights = make_checkpoint(arguments.architecture, arguments.work)
     write_catalog(arguments.work / "catalog.parquet", photos)
     return {

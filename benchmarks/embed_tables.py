@@ -49,7 +49,7 @@ def compare_points(points: list[Figures], precision: str) -> dict[str, float]:
     """
     best: dict[str, Figures] = {}
     for one in points:
-        name, other = one["contender"], one["precision"] not in (precision, None) or one["photos"]
+        name, other = one["contender"], one["precision"] not in (precision, None) or one["side_px"]
         if not other and one["images_per_s"] > best.get(name, {"images_per_s": 0})["images_per_s"]:
             best[name] = one
     stage, ratios = best.get("stage"), {}

@@ -35,8 +35,9 @@ import open_clip
 import torch
 from PIL import Image
 
-from encoders.encoder import OpenClipEncoder, round_weights
+from encoders.encoder import OpenClipEncoder
 from encoders.preprocess import preprocess_image
+from encoders.runtime import round_weights
 from encoders.spec import PreprocessSpec, context_length, image_size_px
 from encoders.towers import build_model, read_model_config
 

@@ -25,9 +25,10 @@ from encoders.checkpoint_files import (
     fingerprint,
     read_checkpoint_config,
 )
-from encoders.encoder import Encoder, MsrEncoder, OpenClipEncoder, round_weights
+from encoders.encoder import Encoder, MsrEncoder, OpenClipEncoder
 from encoders.msr import MsrModel
 from encoders.preprocess import TokenizeTexts, join_tokenizers, load_tokenizer
+from encoders.runtime import round_weights
 from encoders.spec import (
     ModelConfig,
     context_length,

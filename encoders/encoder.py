@@ -1,28 +1,19 @@
 """Live encoders: pixels and tokens in, float32 unit rows out."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 from encoders.fusion import FusionSpec, fuse, fuse_stored
 from encoders.msr import MsrModel
+from encoders.runtime import Runtime, check_array
 from encoders.short_texts import ShortTexts
 from encoders.spec import Float32Array, Int64Array, PreprocessSpec, UInt8Array
-from encoders.towers import channel_statistics, normalize_pixels, pick_device
 
 BoolArray = npt.NDArray[np.bool_]
-
-# What autocast runs in bf16, and whose weights it would round anew in every forward pass: half the
-# time of a ViT-B/32 on two cores (benchmarks/forward.py).
-_ROUNDED = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
-_BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")  # the last is ARM's
-_GPU_BATCH_ROWS = 256
 
 
 class Encoder(Protocol):
@@ -119,7 +110,7 @@ class OpenClipEncoder:
         """
         self.fingerprint, self.dim, self.preprocess = fingerprint, dim, preprocess
         self.fusion = fusion or FusionSpec()
-        self._runtime = _Runtime(preprocess, device, precision)
+        self._runtime = Runtime(preprocess, device, precision)
         self.precision = self._runtime.precision
         self._model: Any = self._runtime.place(model)
         self._short_texts = ShortTexts(self._model)
@@ -227,7 +218,7 @@ class MsrEncoder:
         """
         self.fingerprint, self.dim, self.preprocess = fingerprint, dim, preprocess
         self.fusion = fusion
-        self._runtime = _Runtime(preprocess, device, precision)
+        self._runtime = Runtime(preprocess, device, precision)
         self.precision = self._runtime.precision
         self._model: MsrModel = self._runtime.place(model)
         clip = _TokenRange(length_tokens, getattr(model.clip, "vocab_size", None))
@@ -295,64 +286,6 @@ class _TokenRange:
     vocab_size: int | None
 
 
-class _Runtime:
-    """Where and how a model runs."""
-
-    def __init__(self, preprocess: PreprocessSpec, device: str | None, precision: str) -> None:
-        self.device = pick_device(device)
-        self.precision = _pick_precision(precision, self.device)
-        self._size_px = preprocess.size_px
-        self._mean, self._std = channel_statistics(preprocess, self.device)
-
-    def place(self, model: Any) -> Any:  # noqa: ANN401 - the same type comes back
-        return model.eval().to(self.device).to(memory_format=torch.channels_last)
-
-    @contextmanager
-    def inference(self) -> Iterator[None]:
-        bf16 = self.precision == "bf16"
-        with (
-            torch.inference_mode(),
-            torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16),
-        ):
-            yield
-
-    def check_pixels(self, pixels: UInt8Array) -> None:
-        _check_array("pixels", pixels, (self._size_px, self._size_px, 3), np.uint8)
-
-    def load_pixels(self, pixels: UInt8Array) -> torch.Tensor:
-        return normalize_pixels(self.load(pixels), self._mean, self._std)
-
-    def stream_pixels(self, pixels: UInt8Array) -> Iterator[torch.Tensor]:
-        """Yield (b, 3, H, W) float32 on the device; on a CPU all pixels at once.
-
-        On a GPU the next batch is copied, as uint8 from pinned memory, while the last is encoded.
-        """
-        if self.device.type != "cuda":
-            yield self.load_pixels(pixels)
-            return
-        starts = range(0, len(pixels), _GPU_BATCH_ROWS)
-        parts = [pixels[start : start + _GPU_BATCH_ROWS] for start in starts]
-        copies: Any = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        encoding = torch.cuda.current_stream(self.device)
-        coming = self._copy_ahead(parts[0], copies)
-        for number in range(len(parts)):
-            encoding.wait_stream(copies)
-            here = coming
-            here.record_stream(encoding)
-            if number + 1 < len(parts):
-                coming = self._copy_ahead(parts[number + 1], copies)
-            yield normalize_pixels(here, self._mean, self._std)
-
-    def _copy_ahead(self, pixels: UInt8Array, stream: Any) -> torch.Tensor:  # noqa: ANN401
-        pinned = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).pin_memory()
-        with torch.cuda.stream(stream):
-            return pinned.to(self.device, non_blocking=True)
-
-    def load(self, array: UInt8Array | Int64Array | BoolArray) -> torch.Tensor:
-        writable = np.require(array, requirements=["C", "W"])
-        return torch.from_numpy(writable).to(self.device)
-
-
 def _fuse_query(parts: list[Float32Array], image_weight: float) -> Float32Array:
     if not parts:
         raise ValueError("a query needs pixels, tokens, or both")
@@ -366,37 +299,9 @@ def _unit_rows(features: torch.Tensor) -> Float32Array:
     return unit
 
 
-def round_weights(model: nn.Module) -> None:
-    """Round a model's matrices to bf16 in place, as autocast would in each of its forward passes.
-
-    open_clip's text tower then adds up in bf16, too: it takes the type of its weights for that.
-
-    Args:
-        model: One that encodes under bf16 autocast from now on, and isn't trained or saved again.
-    """
-    for module in model.modules():
-        if isinstance(module, _ROUNDED):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.bfloat16()
-
-
-def _pick_precision(precision: str, device: torch.device) -> str:
-    if precision not in ("auto", "fp32", "bf16"):
-        raise ValueError(f"precision is {precision!r}, expected auto, fp32 or bf16")
-    if precision == "auto":
-        return "bf16" if device.type != "cpu" or _cpu_multiplies_bf16() else "fp32"
-    return precision
-
-
-def _cpu_multiplies_bf16() -> bool:
-    """Whether this machine's CPU has instructions for it; without them bf16 is slower than fp32."""
-    found = torch.cpu.get_capabilities()
-    return any(bool(found.get(name)) for name in _BF16_INSTRUCTIONS)
-
-
 def _check_tokens(tokens: Int64Array, ranges: list[_TokenRange]) -> None:
     # On a GPU, a wrong index would kill the whole process's device context.
-    _check_array("tokens", tokens, (sum(one.length_tokens for one in ranges),), np.int64)
+    check_array("tokens", tokens, (sum(one.length_tokens for one in ranges),), np.int64)
     start = 0
     for one in ranges:
         part = tokens[:, start : start + one.length_tokens]
@@ -409,13 +314,3 @@ def _check_tokens(tokens: Int64Array, ranges: list[_TokenRange]) -> None:
                 f"tokens range from {lowest} to {highest}, the vocabulary has"
                 f" {one.vocab_size}: they were made by another model's tokenizer"
             )
-
-
-def _check_array(
-    name: str, array: UInt8Array | Int64Array, row_shape: tuple[int, ...], dtype: type
-) -> None:
-    if array.dtype != dtype or array.shape[1:] != row_shape or array.ndim != len(row_shape) + 1:
-        expected = ", ".join(["B", *map(str, row_shape)])
-        raise ValueError(
-            f"{name} are {array.shape} {array.dtype}, expected ({expected}) {dtype.__name__}"
-        )

@@ -133,7 +133,7 @@ def make_contract(directory: Path, space: VectorSpace) -> dict[str, Any]:
         JobError: The encoder gives a canary no direction.
     """
     from encoders.checkpoint import load_model, load_tokenizers, wrap_model
-    from encoders.encoder import round_weights
+    from encoders.runtime import round_weights
 
     inputs = _canary_inputs()
     pictures, texts = [i for _, i, _ in inputs], [t for _, _, t in inputs]

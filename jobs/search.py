@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,12 +53,13 @@ SearchIds = Callable[[Float32Array, int], tuple[Float32Array, Int64Array]]
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A found product: its best vector's score (inner product of unit vectors, -1 to 1)."""
+    """A found product: its best vector and its score (inner product of unit vectors, -1 to 1)."""
 
     product_id: str
     score: float
     image_uri: str | None
     metadata: dict[str, Any]
+    vector_id: int
 
 
 class Searcher:
@@ -211,13 +213,26 @@ class Searcher:
         Raises:
             JobError: The query can't be used, or there is no such field.
         """
-        if image is not None and not isinstance(image, bytes):
-            read = fetch_images([str(Path(image).absolute())], ".", self.images)[0]
-            if isinstance(read, ImageRejected):
-                raise JobError(f"the query image can't be used: {read}") from read
-            image = read
-        query = self.encode(image, text, image_weight=image_weight)
+        if image is None or isinstance(image, bytes):
+            query = self.encode(image, text, image_weight=image_weight)
+        else:
+            query = self._encode_file(Path(image), text, image_weight)
         return self.search_vectors(query[None], k=k, field=field, only=only)[0]
+
+    def _encode_file(
+        self, path: Path, text: str | None, image_weight: float | None
+    ) -> Float32Array:
+        read = fetch_images([str(path.absolute())], ".", self.images)[0]
+        if isinstance(read, ImageRejected):
+            raise JobError(f"the query image {path} can't be used: {read}") from read
+        try:
+            return self.encode(read, text, image_weight=image_weight)
+        except JobError as error:
+            if isinstance(error.__cause__, ImageRejected):
+                raise JobError(
+                    f"the query image {path} can't be used: {error.__cause__}"
+                ) from error
+            raise
 
     def search_vectors(
         self,
@@ -350,21 +365,31 @@ class Searcher:
                 score=score,
                 image_uri=row["image_uri"],
                 metadata=row["metadata"] or {},
+                vector_id=vector,
             )
-            for (product, score, _), row in zip(found, rows, strict=True)
+            for (product, score, vector), row in zip(found, rows, strict=True)
         ]
 
 
 def open_release(
-    store: Store, version: int | None = None, *, images: ImagesConfig | None = None
+    store: Store | str | PathLike[str],
+    version: int | None = None,
+    *,
+    images: ImagesConfig | None = None,
 ) -> Searcher:
     """Open a published release, the newest if no version is given.
+
+    Args:
+        store: The store, or its address: a folder or `s3://bucket/prefix`.
+        version: A release's version.
+        images: Limits for query images.
 
     Raises:
         StoreError: There is no such release, or it is damaged.
     """
-    release = store.release(version)
-    return Searcher(store, release.indexes, images=images, encoder=release.encoder)
+    opened = store if isinstance(store, Store) else Store(fspath(store))
+    release = opened.release(version)
+    return Searcher(opened, release.indexes, images=images, encoder=release.encoder)
 
 
 def result_rows(results: Sequence[Result]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a release must show before it is published: its bad rows, its figures, and the bars."""
+"""What a release shows before it is published: its bad rows and its figures."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,8 +6,6 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from jobs.cluster import gather
-from jobs.config import GateConfig
 from jobs.embed_steps import NO_IMAGE_COLUMN
 from jobs.images import RejectReason
 from jobs.index import FieldIndex
@@ -15,7 +13,8 @@ from jobs.live import Live, Reason
 from jobs.queries import Measured
 from jobs.schemas import REJECT, UPSERT
 from jobs.state import read_data_file
-from jobs.store import Release, Store
+from jobs.store import Store
+from jobs.tasks import gather
 
 Summary = list[dict[str, Any]]
 
@@ -89,67 +88,6 @@ def _read_told(
                 "detail": values["reject_detail"],
             }
     return told
-
-
-def check_gate(gate: GateConfig, rows: int, built: Built, parent: Release | None) -> list[str]:
-    """List every bar that was missed, with the figure; empty if all hold.
-
-    Args:
-        gate: The bars.
-        rows: Rows in the catalog.
-        built: What would be published.
-        parent: The newest release.
-    """
-    live = built.live.rows
-    failures = _check_counts(gate, rows, live.vectors, live.rejected)
-    if parent is not None and live.vectors < parent.vectors * (1 - gate.max_live_drop):
-        drop = 1 - live.vectors / parent.vectors
-        failures.append(
-            f"{live.vectors} rows are live, {drop:.1%} fewer than the {parent.vectors} of release "
-            f"{parent.version}, gate.max_live_drop is {gate.max_live_drop:.1%}"
-        )
-    for index in built.indexes:
-        failures += _check_index(gate, index)
-    found = built.measured.recall.get("recall_at_10", 0.0)
-    if found < gate.min_recall_at_10:
-        bar = gate.min_recall_at_10
-        failures.append(f"recall_at_10 {found:.3f}, gate.min_recall_at_10 is {bar:.3f}")
-    return failures
-
-
-def _check_counts(gate: GateConfig, rows: int, live: int, rejected: int) -> list[str]:
-    failures = []
-    share = rejected / rows
-    if share > gate.max_reject_share:
-        failures.append(
-            f"{rejected} of {rows} rows rejected ({share:.1%}), "
-            f"gate.max_reject_share is {gate.max_reject_share:.1%}"
-        )
-    if live + rejected != rows:
-        failures.append(f"{rows} rows in, but {live} live and {rejected} rejected")
-    if not live:
-        failures.append("no row is live")
-    return failures
-
-
-def _check_index(gate: GateConfig, index: FieldIndex) -> list[str]:
-    failures, found = [], index.measured
-    labelled = found.labelled_intersection_at_10
-    if found.missing or found.extra:
-        failures.append(
-            f"{index.field}: {found.missing} live ids are not in the index, {found.extra} ids in "
-            "it are not live"
-        )
-    for name, value, bar in (
-        ("intersection_at_10", found.intersection_at_10, gate.min_intersection_at_10),
-        ("labelled_intersection_at_10", labelled, gate.min_intersection_at_10),
-        ("self_retrieval", found.self_retrieval, gate.min_self_retrieval),
-        ("overlap_at_10", found.overlap_at_10, gate.min_overlap_at_10),
-    ):
-        if value is not None and value < bar:
-            key = f"gate.min_{name.removeprefix('labelled_')}"
-            failures.append(f"{index.field}: {name} {value:.3f}, {key} is {bar:.3f}")
-    return failures
 
 
 def release_quality(built: Built) -> dict[str, Any]:

@@ -19,14 +19,14 @@ demo: .venv/installed  ## Render a catalog, train an encoder, refresh, find a st
 test: .venv/installed  ## Run all tests.
 	$(BIN)/python -m pytest
 
-check: .venv/installed  ## Check format, lint and types.
+check: .venv/installed  ## Check format, lint, types and generated pages.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python docs/make_config.py --check
+	$(BIN)/python docs/make_reference.py --check
 
-docs: .venv/installed  ## Generate docs/config.md from the models.
-	$(BIN)/python docs/make_config.py
+docs: .venv/installed  ## Generate docs/config.md, cli.md and tables.md from the code.
+	$(BIN)/python docs/make_reference.py
 
 chaos: .venv/installed  ## Kill refreshes and break their storage, and print what came of it: half an hour.
 	$(BIN)/python benchmarks/chaos.py kills --kills 24

@@ -76,7 +76,10 @@ def main() -> None:
     arguments = _parse()
     sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
     run: Callable[[argparse.Namespace, Path], Figures] = arguments.run
-    with tempfile.TemporaryDirectory(prefix="vitrine-chaos-") as folder:
+    from jobs.progress import Progress
+
+    with tempfile.TemporaryDirectory(prefix="vitrine-chaos-") as folder, Progress() as progress:
+        progress.stage(f"chaos: {arguments.command}")
         figures = run(arguments, Path(folder))
     if arguments.json:
         print(json.dumps(figures))

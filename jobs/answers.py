@@ -1,7 +1,8 @@
 """Asks a release its labelled queries: through the index as serving does, and exactly."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -18,12 +19,15 @@ from jobs.ask import (
     search_queries,
     skip,
 )
-from jobs.cluster import cluster_gpus, gather
 from jobs.errors import ConfigError
 from jobs.images import ImagesConfig
+from jobs.nodes import cluster_gpus
+from jobs.progress import open_progress
 from jobs.queries import Query, SearchedQuery
 from jobs.space import VectorField
+from jobs.steps import show_words
 from jobs.store import Release, Store
+from jobs.tasks import run_telling, watch
 
 DEFAULT_CATEGORY = "category"
 SHEET_FAILURES = 24
@@ -102,13 +106,22 @@ def ask_release(
         StoreError: The release is damaged.
     """
     task = _ask.options(num_gpus=1 if cluster_gpus() else 0)
-    reference = task.remote(store, release, list(queries), root, images, category)
-    answers: Answers = gather([reference])[0]
+    answers: Answers = watch(
+        lambda: task.remote(store, release, list(queries), root, images, category),
+        "wait for a machine with a free CPU",
+        partial(show_words, open_progress()),
+    )
     return answers
 
 
-@ray.remote(num_cpus=1)
-def _ask(
+@ray.remote(num_cpus=1, num_returns="streaming", max_retries=0)  # `watch` tries again
+def _ask(*asked: Any) -> Iterator[Any]:  # noqa: ANN401
+    """Yield words that say how far it is; at last, the answers."""
+    yield from run_telling(lambda tell: _answer(tell, *asked))
+
+
+def _answer(
+    tell: Callable[[str], None],
     store: Store,
     release: Release,
     queries: list[Query],
@@ -124,10 +137,10 @@ def _ask(
     column = _category_column(searcher.ids.columns, category)
     skipped: dict[str, Skipped] = {}
     judged = list(_answerable(queries, known, skipped))
-    encoded = encode_queries(searcher, judged, root, images, skipped)
+    encoded = encode_queries(searcher, judged, root, images, skipped, tell)
     kept = encoded.queries
     kind = next((kind for kind in (IMAGE, BOTH, TEXT) if encoded.vectors.get(kind)), TEXT)
-    asked, latency, ranked = search_queries(searcher, encoded, kind)
+    asked, latency, ranked = search_queries(searcher, encoded, kind, tell)
     failures, near, missed = _pick_failures(ranked, known, root)
     encode_ms = {name: percentiles(seconds) for name, seconds in encoded.times_s.items()}
     right = [known[query.relevant[0]] for query in kept]

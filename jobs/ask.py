@@ -4,7 +4,7 @@ Letters: Q queries, D dimension.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -76,6 +76,7 @@ def encode_queries(
     root: str,
     images: ImagesConfig,
     skipped: dict[str, Skipped],
+    tell: Callable[[str], None],
 ) -> Encoded:
     """Encode one query at a time, as serving does, in every kind that it can ask; time it.
 
@@ -85,9 +86,11 @@ def encode_queries(
         root: Where their relative image URIs start.
         images: Limits for their photos.
         skipped: Takes those that can't be used, with the reason.
+        tell: Called with words that say how far it is.
     """
     encoded = Encoded()
     for start in range(0, len(queries), FETCH_ROWS):
+        tell(f"encode queries, {start} of {len(queries)}")
         batch = queries[start : start + FETCH_ROWS]
         photos = fetch_images([query.image or b"" for query in batch], root, images)
         for query, photo in zip(batch, photos, strict=True):
@@ -148,6 +151,7 @@ def search_queries(
     searcher: Searcher,
     encoded: Encoded,
     sheet_kind: str,
+    tell: Callable[[str], None],
 ) -> tuple[dict[str, Asked], dict[str, dict[str, Any]], list[Ranked]]:
     """Search every field with every vector, one at a time; time it.
 
@@ -155,6 +159,7 @@ def search_queries(
         searcher: The opened release.
         encoded: From `encode_queries`.
         sheet_kind: The kind of query whose results are kept to be shown.
+        tell: Called with words that say how far it is.
 
     Returns:
         What was asked; seconds as percentiles by step and field; what `sheet_kind` found in the
@@ -169,7 +174,9 @@ def search_queries(
         found: dict[str, list[list[str]]] = {}
         for name in searcher.fields:
             answers = []
-            for row, place in zip(rows, places, strict=True):
+            for number, (row, place) in enumerate(zip(rows, places, strict=True)):
+                if number % FETCH_ROWS == 0:
+                    tell(f"search {name} by {kind}, {number} of {len(rows)}")
                 results = _timed_search(searcher, row[None], name, times_s)
                 answers.append([result.product_id for result in results])
                 if (kind, name) == (sheet_kind, searcher.fields[0]):

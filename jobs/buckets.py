@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from jobs.cluster import cluster_cpus
+from jobs.nodes import cluster_cpus
 from jobs.schemas import IMAGE_BITS
 
 MAX_GROUPS = 256

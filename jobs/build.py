@@ -94,6 +94,13 @@ def build_version(run: Run, task: BuildTask) -> Built:
     )
 
 
+def describe_index(index: FieldIndex) -> dict[str, Any]:
+    """Return an index as plain values; which neighbours changed is for the report, with names."""
+    values = asdict(index)
+    del values["measured"]["changed"]
+    return values
+
+
 def _base_manifest(run: Run, space: VectorSpace) -> dict[str, Any] | None:
     """Return the parent's manifest if its vectors were made by the same encoder."""
     if run.parent is None or run.parent.encoder != space.encoder:
@@ -166,7 +173,7 @@ def _build_indexes(
     for name in task.space.fields:
         with run.stage(f"index {name}") as counted:
             job = _index_job(run, task, name, base, ids=entries["ids"], labelled=labelled)
-            clock = StepClock(name, run.progress.step)
+            clock = StepClock(name, run.progress)
             built = build_index(job, clock.begin)
             clock.end()
             counted["rows"] = built.index.ntotal
@@ -207,7 +214,7 @@ def _write_manifest(
         "encoder": task.space.encoder,
         "products": task.live.rows.products,
         "most_images": task.live.rows.most_images,
-        "fields": {index.field: asdict(index) for index in indexes},
+        "fields": {index.field: describe_index(index) for index in indexes},
         **entries,
         "query": task.contract,
         "config": task.config.model_dump(mode="json"),

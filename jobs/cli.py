@@ -3,22 +3,24 @@
 Exit status: 0 done, 1 an expected error in one line, 2 usage.
 """
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from jobs import __version__, check_installation
+from jobs.cli_demo import app as demo_commands
 from jobs.cli_options import (
     ConfigOption,
     JsonOption,
     QuietOption,
+    ReleaseOption,
     SetOption,
+    complete_field,
     load_config,
+    open_console,
     print_json,
     print_result,
 )
@@ -27,6 +29,8 @@ from jobs.cli_plan import print_preview
 from jobs.cli_store import app as store_commands
 from jobs.errors import JobError
 from jobs.progress import Progress
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="vitrine",
@@ -37,6 +41,7 @@ app = typer.Typer(
 )
 app.add_typer(store_commands)
 app.add_typer(plan_commands)
+app.add_typer(demo_commands)
 
 
 def _version(wanted: bool) -> None:
@@ -68,12 +73,14 @@ def refresh(
     from jobs.refresh import preview_refresh
     from jobs.refresh import refresh as run
 
-    job, progress = load_config(config, overrides), Progress(quiet=quiet)
+    job = load_config(config, overrides)
     if dry_run:
-        preview = preview_refresh(job, progress)
+        with Progress(quiet=quiet) as progress:
+            preview = preview_refresh(job, progress)
         print_json(asdict(preview)) if as_json else print_preview(preview)
         return
-    result = run(job, progress)
+    with Progress(quiet=quiet) as progress:
+        result = run(job, progress)
     print_json(asdict(result)) if as_json else print_result(result)
 
 
@@ -103,7 +110,7 @@ def status(config: ConfigOption, overrides: SetOption = None, as_json: JsonOptio
         counts = [f"{row[name]:,}" for name in ("products", "rows", "vectors", "rejected")]
         made = (str(row["version"]), row["created_at"], row["command"])
         table.add_row(*made, *counts, ", ".join(figures))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    open_console().print(table)
 
 
 @app.command(epilog="Example: vitrine search --config FILE --image photo.jpg --text 'in blue'")
@@ -113,7 +120,12 @@ def search(
     text: Annotated[str | None, typer.Option("--text", "-t", help="Words.")] = None,
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Most products.")] = 10,
     field: Annotated[
-        str | None, typer.Option("--field", help="image, text or multimodal; else the first.")
+        str | None,
+        typer.Option(
+            "--field",
+            help="image, text or multimodal; else the first.",
+            autocompletion=complete_field,
+        ),
     ] = None,
     image_weight: Annotated[
         float | None,
@@ -124,11 +136,10 @@ def search(
             help="Share of the photo in a query of photo and words; else the release's.",
         ),
     ] = None,
-    release: Annotated[
-        int | None, typer.Option("--release", help="A release's version; else the newest.")
-    ] = None,
+    release: ReleaseOption = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Find products by a photo, words, or both, in a published release."""
     from jobs.search import Searcher, result_rows
@@ -139,8 +150,12 @@ def search(
     job = load_config(config, overrides)
     store = Store(job.store)
     found = store.release(release)
-    searcher = Searcher(store, found.indexes, images=job.images, encoder=found.encoder)
-    results = searcher.search(image=image, text=text, k=k, field=field, image_weight=image_weight)
+    with Progress(quiet=quiet) as progress:
+        progress.wait(f"open release {found.version}")
+        searcher = Searcher(store, found.indexes, images=job.images, encoder=found.encoder)
+        results = searcher.search(
+            image=image, text=text, k=k, field=field, image_weight=image_weight
+        )
     if as_json:
         print_json({"release": found.version, "results": result_rows(results)})
         return
@@ -148,15 +163,13 @@ def search(
     for one in results:
         shown = ", ".join(f"{n}: {str(v)[:60]}" for n, v in one.metadata.items() if v is not None)
         table.add_row(f"{one.score:.4f}", one.product_id, shown)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    open_console().print(table)
 
 
 @app.command(epilog="Example: vitrine evaluate --config jobs/configs/grocery.yaml --json")
 def evaluate(
     config: ConfigOption,
-    release: Annotated[
-        int | None, typer.Option("--release", help="A release's version; else the newest.")
-    ] = None,
+    release: ReleaseOption = None,
     candidate: Annotated[
         str | None,
         typer.Option("--candidate", help="What `reindex --no-publish` built; it prints the name."),
@@ -170,8 +183,9 @@ def evaluate(
 
     if release is not None and candidate is not None:
         raise typer.BadParameter("give --release or --candidate, not both")
-    job, progress = load_config(config, overrides), Progress(quiet=quiet)
-    result = run(job, progress, release, candidate=candidate)
+    job = load_config(config, overrides)
+    with Progress(quiet=quiet) as progress:
+        result = run(job, progress, release, candidate=candidate)
     if as_json:
         print_json(asdict(result))
         return
@@ -187,7 +201,7 @@ def evaluate(
             exact = f"{row['exact']['recall_at_10']['value']:.3f}"
             overlap = f"{row['intersection_at_10']:.3f}"
             table.add_row(kind, marked, f"{row['queries']:,}", *figures, exact, overlap)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    open_console().print(table)
     typer.echo("* the field that a search without --field uses")
     for reason, one in result.skipped.items():
         typer.echo(f"left out: {one['count']:,} {one['of']}: {reason}")
@@ -208,7 +222,7 @@ def sample(
     """Render a sample catalog with pictures, training pairs and labelled queries."""
     from jobs.sample import write_sample
 
-    with Progress(quiet=quiet).count(products, "products") as shown:
+    with Progress(quiet=quiet) as progress, progress.count(products, "products") as shown:
         try:
             summary = write_sample(destination, products=products, seed=seed, progress=shown.update)
         except (ValueError, OSError) as error:
@@ -230,7 +244,9 @@ def train(
     """Train the configured encoder on pairs by a preset and write the best checkpoint."""
     from jobs.train import train as run
 
-    result = asdict(run(load_config(config, overrides), destination, Progress(quiet=quiet)))
+    job = load_config(config, overrides)
+    with Progress(quiet=quiet) as progress:
+        result = asdict(run(job, destination, progress))
     if as_json:
         print_json(result)
         return
@@ -275,7 +291,8 @@ def import_csv(
         delimiter=delimiter,
         image_root=image_root,
     )
-    result = run(file, destination, options, Progress(quiet=quiet))
+    with Progress(quiet=quiet) as progress:
+        result = run(file, destination, options, progress)
     if as_json:
         print_json(asdict(result))
         return
@@ -290,10 +307,12 @@ def main() -> None:
     """Run the command line; an expected error is one line on standard error and exit 1."""
     try:
         check_installation()
-        app()
+        app(prog_name="vitrine")
     except (JobError, ImportError) as error:
         typer.echo(f"vitrine: error: {' '.join(str(error).split())}", err=True)
         raise SystemExit(1) from error
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:  # Typer makes the one of the other
+        if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:
+            raise
         typer.echo("vitrine: interrupted; what was committed stays, the next run goes on", err=True)
-        raise SystemExit(130) from None
+        raise SystemExit(INTERRUPTED) from None

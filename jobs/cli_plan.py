@@ -70,8 +70,9 @@ def plan(
     """Say what the next refresh takes: rows, time, bytes, memory, cost; embed nothing."""
     from jobs.preview import plan_run
 
-    job, progress = load_config(config, overrides), Progress(quiet=quiet)
-    found = plan_run(job, progress, cluster=cluster, workers=workers or (), prices=prices or ())
+    job = load_config(config, overrides)
+    with Progress(quiet=quiet) as progress:
+        found = plan_run(job, progress, cluster=cluster, workers=workers or (), prices=prices or ())
     if as_json:
         print_json(asdict(found))
         return

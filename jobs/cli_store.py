@@ -1,23 +1,31 @@
 """Commands that keep a store: reindex, export, rejects, rollback, gc."""
 
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict
+from shutil import copyfileobj
+from tempfile import SpooledTemporaryFile
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
 
 from jobs.cli_options import (
     ConfigOption,
     JsonOption,
     QuietOption,
+    ReleaseOption,
     SetOption,
+    complete_field,
+    complete_reason,
     load_config,
+    open_console,
     print_json,
     print_result,
 )
 from jobs.progress import Progress
+
+SPOOL_BYTES = 8 * 2**20
 
 app = typer.Typer()
 
@@ -37,7 +45,9 @@ def reindex(
     """Build the indexes anew from stored embeddings; with another encoder, embed all with it."""
     from jobs.reindex import reindex as run
 
-    result = run(load_config(config, overrides), Progress(quiet=quiet), publish=publish)
+    job = load_config(config, overrides)
+    with Progress(quiet=quiet) as progress:
+        result = run(job, progress, publish=publish)
     print_json(asdict(result)) if as_json else print_result(result)
 
 
@@ -45,7 +55,12 @@ def reindex(
 def rejects(
     config: ConfigOption,
     reasons: Annotated[
-        list[str] | None, typer.Option("--reason", help="Only this one, as in timeout. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--reason",
+            help="Only this one, as in timeout. Repeatable.",
+            autocompletion=complete_reason,
+        ),
     ] = None,
     kind: Annotated[
         Literal["transient", "permanent"] | None,
@@ -63,6 +78,7 @@ def rejects(
     ] = 50,
     overrides: SetOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Show what could not be embedded, and why: the latest first."""
     from jobs.reject_rows import RejectQuery
@@ -74,12 +90,19 @@ def rejects(
         masked=masked,
         limit=limit,
     )
-    with open_rejects(load_config(config, overrides), query) as found:
+    job = load_config(config, overrides)
+    with ExitStack() as opened:
+        with Progress(quiet=quiet) as progress:
+            progress.wait("find the rejects")
+            found = opened.enter_context(open_rejects(job, query))
         if not as_json:
-            print_rejects(found, Console(width=None if sys.stdout.isatty() else 160))
+            print_rejects(found, open_console())
             return
-        for part in json_parts(found):
-            typer.echo(part, nl=False)
+        # Pages come from storage: a fault on the last one must not leave half an object.
+        with SpooledTemporaryFile(SPOOL_BYTES, "w+", encoding="utf-8") as spool:
+            spool.writelines(json_parts(found))
+            spool.seek(0)
+            copyfileobj(spool, sys.stdout)
         typer.echo()
 
 
@@ -89,12 +112,14 @@ def export(
     to: Annotated[
         str, typer.Option("--to", metavar="DIR", help="A new folder, or s3://bucket/prefix.")
     ],
-    release: Annotated[
-        int | None, typer.Option("--release", help="A release's version; else the newest.")
-    ] = None,
+    release: ReleaseOption = None,
     fields: Annotated[
         list[str] | None,
-        typer.Option("--field", help="image, text or multimodal; else all. Repeatable."),
+        typer.Option(
+            "--field",
+            help="image, text or multimodal; else all. Repeatable.",
+            autocompletion=complete_field,
+        ),
     ] = None,
     columns: Annotated[
         list[str] | None,
@@ -141,7 +166,9 @@ def export(
         partition_by=tuple(partition_by or ()),
         index=index,
     )
-    result = run(load_config(config, overrides), options, Progress(quiet=quiet))
+    job = load_config(config, overrides)
+    with Progress(quiet=quiet) as progress:
+        result = run(job, options, progress)
     if as_json:
         print_json(asdict(result))
         return
@@ -159,7 +186,7 @@ def rollback(
     config: ConfigOption,
     release: Annotated[
         int | None,
-        typer.Argument(metavar="[RELEASE]", help="Else the one that the newest replaced."),
+        typer.Argument(metavar="RELEASE", help="Else the one that the newest replaced."),
     ] = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
@@ -168,7 +195,9 @@ def rollback(
     """Make an older release the newest again, in one commit."""
     from jobs.rollback import rollback as run
 
-    result = run(load_config(config, overrides), Progress(quiet=quiet), release)
+    job = load_config(config, overrides)
+    with Progress(quiet=quiet) as progress:
+        result = run(job, progress, release)
     if as_json:
         print_json(asdict(result))
         return
@@ -193,6 +222,7 @@ def gc(
     from jobs.gc import describe
     from jobs.gc import gc as run
 
-    progress = Progress(quiet=quiet)
-    result = run(load_config(config, overrides), progress, keep=keep, dry_run=dry_run)
+    job = load_config(config, overrides)
+    with Progress(quiet=quiet) as progress:
+        result = run(job, progress, keep=keep, dry_run=dry_run)
     print_json(asdict(result)) if as_json else typer.echo(describe(result))

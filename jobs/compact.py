@@ -15,7 +15,6 @@ import numpy as np
 import ray
 
 from jobs.buckets import Parts, count_buckets, make_groups, turn
-from jobs.cluster import gather
 from jobs.compact_rows import (
     FILE_ROWS,
     BoolArray,
@@ -30,6 +29,7 @@ from jobs.files import replace_files
 from jobs.schemas import EMBEDDINGS
 from jobs.state import read_data_file, read_state
 from jobs.store import DataFile, Store, add_action
+from jobs.tasks import gather
 
 SMALL_ROWS = FILE_ROWS // 4
 MANY_SMALL = 8  # fewer small files are left alone

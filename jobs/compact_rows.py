@@ -17,12 +17,12 @@ import pyarrow.compute as pc
 import ray
 
 from jobs.buckets import Parts, Records, sort_records, split_rows
-from jobs.cluster import gather
 from jobs.embed_write import write_data_file
 from jobs.outputs import regroup
 from jobs.schemas import DELETE, EMBEDDINGS
 from jobs.state import OPERATIONS, STATE_DTYPE, read_data_file
 from jobs.store import DataFile, Store
+from jobs.tasks import gather
 
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]

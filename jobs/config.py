@@ -1,22 +1,16 @@
-"""The whole configuration of a job: one YAML file, read into frozen models.
+"""The whole configuration of a job, as frozen models; `jobs.config_file` reads them from YAML.
 
 Every key, its default and its meaning is a field here; `docs/config.md` is generated from it.
 """
 
-import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from encoders.spec import EncoderSpec
 from indexing.drift import DriftLimits
-from jobs.config_keys import config_keys
-from jobs.errors import ConfigError
 from jobs.images import ImagesConfig
 
 FieldName = Literal["image", "text", "multimodal"]
@@ -25,7 +19,7 @@ FieldName = Literal["image", "text", "multimodal"]
 class Section(BaseModel):
     """A part of the configuration: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class CatalogConfig(Section):
@@ -317,77 +311,3 @@ class JobConfig(Section):
         """Return the SHA-256 of the resolved configuration in canonical JSON, as hex."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-def read_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
-    """Read a configuration file and apply `section.key=value` overrides.
-
-    Relative paths in it stay relative to the working directory, as on any command line.
-
-    Args:
-        path: The YAML file.
-        overrides: Texts `a.b=value`; the value is parsed as YAML.
-
-    Returns:
-        The checked configuration.
-
-    Raises:
-        ConfigError: The file is missing or no YAML mapping, a key is unknown (the nearest known
-            one is named), a value has the wrong type or range.
-    """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"config {path} does not exist") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path} can't be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {path} is no YAML: {_one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"config {path} must be a YAML mapping, not {type(values).__name__}")
-    for override in overrides:
-        _apply_override(values, override)
-    try:
-        return JobConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"config {path}: {'; '.join(_faults(error))}") from error
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"--set {override!r}: expected section.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: {_one_line(error)}") from error
-    *parents, last = key.split(".")
-    for parent in parents:
-        if values.get(parent) is None:
-            values[parent] = {}
-        values = values[parent]
-        if not isinstance(values, dict):
-            raise ConfigError(f"--set {override!r}: {parent} is no section")
-    values[last] = value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _faults(error: ValidationError) -> Iterator[str]:
-    for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"])
-        if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            yield f"unknown key {key!r}{_suggestion(key)}"
-        elif fault["type"] == "missing":
-            yield f"{key} is missing"
-        else:
-            yield f"{key or 'the config'}: {fault['msg'].removeprefix('Value error, ')}"
-
-
-def _suggestion(key: str) -> str:
-    names = [name for name, _, _ in config_keys(JobConfig)]
-    sections = {name.rpartition(".")[0] for name in names} - {""}
-    near = difflib.get_close_matches(key, [*names, *sections], n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""

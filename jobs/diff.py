@@ -26,7 +26,6 @@ from jobs.buckets import (
     turn,
 )
 from jobs.catalog import Catalog
-from jobs.cluster import gather
 from jobs.config import JobConfig
 from jobs.images import ImagesConfig, hash_limits
 from jobs.items import PLAN_DTYPE, explain_duplicates, scan_unit
@@ -42,6 +41,7 @@ from jobs.state import (
     take_rows,
 )
 from jobs.store import Release, Store
+from jobs.tasks import gather
 
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]

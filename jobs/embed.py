@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,16 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from jobs.buckets import Records, sort_records
-from jobs.cluster import cluster_cpus, find_room, gather, ray_errors
 from jobs.diff import Diff
 from jobs.duplicates import image_vectors
-from jobs.embed_actors import Actors, piece_rows, plan_actors, telling_of_waits
+from jobs.embed_actors import Actors, piece_rows, plan_actors, watched
 from jobs.embed_steps import Embedder, EmbedTask, prepare_rows
 from jobs.embed_write import COUNTS, write_deletes, write_rows
 from jobs.errors import JobError, StoreError
 from jobs.metrics import count_file, show_backlog
+from jobs.nodes import cluster_cpus, find_room
 from jobs.store import DataFile
+from jobs.tasks import gather, ray_errors
 from jobs.trace import MOST_SPANS, Write, merge_writes, read_write
 
 SIDE_SLOTS = 0.25  # of the tasks that must find room beside the actors of a small machine
@@ -127,8 +129,8 @@ def _embed(task: EmbedTask, diff: Diff) -> WrittenFiles:
     if diff.todo_rows == 0:
         return
     actors = plan_actors(task.embed)
-    rows = piece_rows(task.embed, actors, diff.todo_rows)
-    yield from _written_files(task, actors, *plan_work(diff, rows))
+    work = plan_work(diff, partial(piece_rows, task.embed, actors))
+    yield from _written_files(task, actors, *work)
 
 
 def probe_rows(task: EmbedTask, diff: Diff, rows: int, pieces: int) -> Iterator[EmbedResult]:
@@ -148,7 +150,7 @@ def probe_rows(task: EmbedTask, diff: Diff, rows: int, pieces: int) -> Iterator[
         JobError: A step failed.
     """
     actors = plan_actors(task.embed)
-    todo, work = plan_work(diff, rows)
+    todo, work = plan_work(diff, lambda left: rows)
     with ray_errors(), closing(_written_files(task, actors, todo, work[:pieces])) as files:
         for row in files:
             result = EmbedResult()
@@ -163,8 +165,13 @@ def _written_files(
     _set_data_context()
     task.store.embeddings()  # made if there is none: data files lie in its folder
     rows = task.embed.duplicate_cache_rows if task.shares_images else 0
-    with image_vectors(rows, task.space.dim) as handle, telling_of_waits(actors):
-        yield from _run_steps(replace(task, image_vectors=handle), actors, todo, work)
+    with (
+        image_vectors(rows, task.space.dim) as handle,
+        watched(actors, Embedder.__name__) as get_on,
+    ):
+        for row in _run_steps(replace(task, image_vectors=handle), actors, todo, work):
+            get_on()
+            yield row
 
 
 def _run_steps(
@@ -216,27 +223,28 @@ def _pool(
     return ActorPoolStrategy(min_size=size, max_size=size if actors.fixed else most), size
 
 
-def plan_work(diff: Diff, most: int) -> tuple[list[Any], list[dict[str, int]]]:
+def plan_work(diff: Diff, piece: Callable[[int], int]) -> tuple[list[Any], list[dict[str, int]]]:
     """Divide what is to be embedded into pieces, each the work of one task.
 
     Args:
         diff: What is to be embedded.
-        most: The most rows of a piece, as long as there are no more than `MAX_PIECES`.
+        piece: Rows that are in no piece yet to the most of the next one, as long as there are no
+            more than about `MAX_PIECES`.
 
     Returns:
         One reference a group to its rows, sorted by unit and vector id; and the pieces: group,
         start, stop.
     """
-    rows = max(most, -(-diff.todo_rows // MAX_PIECES))
+    left, least = diff.todo_rows, -(-diff.todo_rows // MAX_PIECES)
     groups = [number for number, count in enumerate(diff.counts.todo.tolist()) if count]
     todo = [_sort_todo.remote(*diff.todo[number]) for number in groups]
     pieces = []
     for place, number in enumerate(groups):
-        count = int(diff.counts.todo[number])
-        pieces += [
-            {"group": place, "start": start, "stop": min(count, start + rows)}
-            for start in range(0, count, rows)
-        ]
+        stop, count = 0, int(diff.counts.todo[number])
+        while stop < count:
+            start, stop = stop, min(count, stop + max(least, piece(left)))
+            pieces.append({"group": place, "start": start, "stop": stop})
+            left -= stop - start
     return todo, pieces
 
 

@@ -6,22 +6,26 @@ are what it starts machines for.
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import ray
 from ray._private import worker as ray_worker
+from ray._private.state import actors as actor_table
 from ray.exceptions import RayError
 
-from jobs.cluster import cluster_cpus, cluster_gpus, live_nodes
 from jobs.config import EmbedConfig
 from jobs.errors import ConfigError
+from jobs.nodes import cluster_cpus, cluster_gpus, dead_nodes, live_nodes
 
 CPU_ACTOR_SLOTS = 0.75
 CPU_ROWS = 256  # some seconds: what a killed job loses beside the commit interval
 LEAST_ROWS = 16  # of a piece of work: fewer would cost more in files than in waiting
-PIECES_EACH = 4  # so that nobody waits long for the last piece
+GUIDE = 2  # Ray hands each actor two pieces ahead
 ROOM_PATIENCE_S = 10.0
+STALL_S = 120.0  # longer than it takes to embed a file of rows, or an autoscaler's next machine
 MIB = 2**20
 
 _log = logging.getLogger(__name__)
@@ -115,40 +119,77 @@ def _machines() -> str:
 
 
 @contextmanager
-def telling_of_waits(actors: Actors) -> Iterator[None]:
-    """Say in one line that no machine has room for an actor, each time that it comes to that."""
-    over = threading.Event()
-    thread = threading.Thread(target=_tell_of_waits, args=(actors, over), daemon=True)
+def watched(actors: Actors, actor_class: str) -> Iterator[Callable[[], None]]:
+    """Look after the actors of a stage while the block runs.
+
+    It is said in one line that no machine has room for an actor, each time that it comes to that.
+    Ray keeps what a lost actor was given for its next start. With little object store that can be
+    all the room there is, and the actors that are left get nothing. Those that wait for a machine
+    while the stage stands still are given up: the block then fails with what Ray makes of that,
+    and the work can be begun anew without them.
+
+    Args:
+        actors: Of the stage.
+        actor_class: A part of the name of their class.
+
+    Yields:
+        What is to be called whenever the stage has got on.
+    """
+    watch = _Watch(actors, actor_class)
+    thread = threading.Thread(target=watch.run, daemon=True)
     thread.start()
     try:
-        yield
+        yield watch.get_on
     finally:
-        over.set()
+        watch.over.set()
 
 
-def _tell_of_waits(actors: Actors, over: threading.Event) -> None:
-    waits = False
-    while not over.wait(ROOM_PATIENCE_S):
-        try:
-            waited, waits, machines = waits, actors.count_room() == 0, _machines()
-        except RayError:  # the head is gone: who waits for rows is told so
-            return
-        if waits and not waited:
-            asked = "vitrine: embedding waits for a machine with %s (embed.*_per_actor); %s"
-            _log.warning(asked, actors, machines)
+class _Watch:
+    def __init__(self, actors: Actors, actor_class: str) -> None:
+        self.over = threading.Event()
+        self._actors, self._class = actors, actor_class
+        self._moved, self._dead = time.monotonic(), dead_nodes()
+
+    def get_on(self) -> None:
+        self._moved = time.monotonic()
+
+    def run(self) -> None:
+        waits = False
+        while not self.over.wait(ROOM_PATIENCE_S):
+            try:
+                waited, waits, machines = waits, self._actors.count_room() == 0, _machines()
+                if time.monotonic() - self._moved > STALL_S and not dead_nodes() <= self._dead:
+                    self._give_up_lost()
+            except RayError:  # the head is gone: who waits for rows is told so
+                return
+            if waits and not waited:
+                asked = "vitrine: embedding waits for a machine with %s (embed.*_per_actor); %s"
+                _log.warning(asked, self._actors, machines)
+
+    def _give_up_lost(self) -> None:
+        job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+        waiting = actor_table(job_id=job, actor_state_name="RESTARTING")
+        lost = [name for name, one in waiting.items() if self._class in one["ActorClassName"]]
+        if lost and self._actors.count_room():  # else there is nobody to go on
+            words = "vitrine: %d embedding actors were lost and find no room, and nothing moves"
+            _log.warning(words, len(lost))
+            for name in lost:
+                ray_worker.global_worker.core_worker.kill_actor(ray.ActorID.from_hex(name), True)
 
 
-def piece_rows(embed: EmbedConfig, actors: Actors, rows: int) -> int:
-    """Return the most rows of a piece of work: few enough that everybody has some to do.
+def piece_rows(embed: EmbedConfig, actors: Actors, left: int) -> int:
+    """Return the rows of the next piece of work: fewer towards the end, so that all end together.
+
+    Guided self-scheduling: a part of everybody's even share of what is left (Polychronopoulos and
+    Kuck, 1987).
 
     Args:
         embed: Bounds them by its `rows_per_file`.
         actors: Who embeds; with GPUs, CPU tasks prepare the pieces.
-        rows: Of the whole run.
+        left: Rows that are in no piece yet.
     """
     if actors.gpus:
         workers, most = cluster_cpus(), embed.rows_per_file
     else:
         workers, most = actors.count, min(embed.rows_per_file, CPU_ROWS)
-    rounds = min(PIECES_EACH, max(1, rows // (workers * LEAST_ROWS)))
-    return min(most, max(LEAST_ROWS, -(-rows // (workers * rounds))))
+    return min(most, max(LEAST_ROWS, -(-left // (GUIDE * workers))))

@@ -12,7 +12,6 @@ import ray
 
 from indexing.search import group_by_product
 from jobs.buckets import make_groups, scatter, split_rows, turn
-from jobs.cluster import gather
 from jobs.ids_table import Ids
 from jobs.live import LIVE_DTYPE, Live, LiveRows
 from jobs.release_files import read_file_names
@@ -20,6 +19,7 @@ from jobs.space import VectorField
 from jobs.state import ROW_GROUP_ROWS, read_row_groups, rows_address
 from jobs.storage import machine_cache
 from jobs.store import Release, Store
+from jobs.tasks import gather
 from jobs.vectors import exact_search
 
 MAX_DEPTH = 2048  # neighbours a query: bounds memory where a product has hundreds of images

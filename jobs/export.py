@@ -16,19 +16,27 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jobs.cluster import cluster_cpus, gather_bounded, ray_session
+from jobs.cluster import ray_session
 from jobs.config import JobConfig
 from jobs.contract import read_contract
 from jobs.errors import JobError, StoreError
 from jobs.export_files import ExportedFile, write_group
-from jobs.export_layout import ExportOptions, Layout, resolve_layout, vector_column
+from jobs.export_layout import (
+    ExportOptions,
+    Layout,
+    product_column,
+    resolve_layout,
+    vector_column,
+)
 from jobs.export_rows import Found, describe_source, find_rows, open_source
 from jobs.export_serving import SERVING, copy_serving
 from jobs.leases import hold_lease
 from jobs.machines import check_shared
+from jobs.nodes import cluster_cpus
 from jobs.progress import Progress
 from jobs.storage import storage_errors
 from jobs.store import Release, Store, new_run_id
+from jobs.tasks import gather_bounded
 
 MANIFEST = "_manifest.json"
 FORMAT_VERSION = 1
@@ -85,10 +93,8 @@ def export(config: JobConfig, options: ExportOptions, progress: Progress) -> Exp
             check_shared([store.uri("indexes", release.indexes, "manifest.json")])
             progress.stage(f"find the rows of release {release.version}")
             described = describe_source(source)
-            product = _product_column(manifest)
-            layout = resolve_layout(
-                options, read_contract(manifest["query"]), described.schema, product
-            )
+            space, product = read_contract(manifest["query"]), product_column(manifest)
+            layout = resolve_layout(options, space, described.schema, product)
             found = find_rows(source, described, layout)
             progress.stage(f"write {release.vectors:,} rows to {target.root}")
             _make_folder(target)
@@ -139,11 +145,6 @@ def _make_folder(target: Store) -> None:
     if target.is_local:
         with storage_errors(target.root, "written"):
             Path(target.root).mkdir(parents=True, exist_ok=True)
-
-
-def _product_column(manifest: dict[str, Any]) -> str:
-    columns = manifest.get("config", {}).get("catalog", {}).get("columns", {})
-    return str(columns.get("product_id", "product_id"))
 
 
 def _write(

@@ -5,6 +5,7 @@ Letters: N rows, C columns.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -74,6 +75,12 @@ class Layout:
 def vector_column(field: str) -> str:
     """Return the column of a field's vectors, named as in the embeddings table."""
     return f"{field}_embedding"
+
+
+def product_column(manifest: dict[str, Any]) -> str:
+    """Return what the catalog of a release calls `product_id`, by its manifest."""
+    columns = manifest.get("config", {}).get("catalog", {}).get("columns", {})
+    return str(columns.get("product_id", "product_id"))
 
 
 def resolve_layout(

@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 import ray
 
 from jobs.buckets import MAX_GROUPS, Parts, Records, make_groups, scatter, turn
-from jobs.cluster import gather
 from jobs.errors import ConfigError, StoreError
 from jobs.export_layout import KEY_COLUMNS, Layout, hive_folders
 from jobs.live import LIVE_DTYPE
@@ -29,6 +28,7 @@ from jobs.release_files import read_file_names
 from jobs.state import ROW_GROUP_ROWS, read_row_groups
 from jobs.storage import parquet_errors
 from jobs.store import Release, Store
+from jobs.tasks import gather
 
 Int64Array = npt.NDArray[np.int64]
 Part = tuple[Records, pa.Table]

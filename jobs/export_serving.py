@@ -11,12 +11,13 @@ from typing import Any
 
 import ray
 
-from jobs.cluster import cluster_cpus, gather_bounded
 from jobs.errors import StoreError
 from jobs.export_files import ExportedFile
 from jobs.index_files import read_files
+from jobs.nodes import cluster_cpus
 from jobs.storage import storage_errors
 from jobs.store import Release, Store
+from jobs.tasks import gather_bounded
 
 SERVING = "_serving"
 CHECKPOINT_MARK = "encoder.json"  # without it there is no checkpoint

@@ -20,9 +20,10 @@ from jobs.compact import (
 )
 from jobs.config import JobConfig
 from jobs.errors import ConfigError, StoreError
-from jobs.files import delete_files
+from jobs.files import DELETE_BATCH, delete_files
 from jobs.garbage import Garbage, Kept, find_garbage
 from jobs.leases import Lease, hold_lease, live_leases
+from jobs.machines import check_shared
 from jobs.progress import Progress
 from jobs.release_files import ReleaseFiles, find_files, read_candidates
 from jobs.release_rows import drop_releases
@@ -132,7 +133,6 @@ def gc(
 
 
 def _collect(collector: _Collector) -> GcResult:
-    store = collector.store
     collector.progress.stage("find what is needed")
     dropped = _drop(collector)
     needs = _find_needs(collector, dropped)
@@ -142,8 +142,7 @@ def _collect(collector: _Collector) -> GcResult:
     garbage = _find_garbage(collector, needs, dropped, encoders)
     if not collector.dry_run:
         collector.progress.stage("delete files")
-        for files in garbage.values():
-            delete_files(store, [file.path for file in files])
+        _delete(collector, [file.path for files in garbage.values() for file in files])
     return GcResult(
         dry_run=collector.dry_run,
         kept=tuple(release.version for release in needs.kept),
@@ -155,6 +154,15 @@ def _collect(collector: _Collector) -> GcResult:
         },
         compaction=compaction,
     )
+
+
+def _delete(collector: _Collector, paths: list[str]) -> None:
+    """Delete files in their order, some at a time, so that it shows how far it is."""
+    with collector.progress.count(len(paths), "files") as shown:
+        for start in range(0, len(paths), DELETE_BATCH):
+            batch = paths[start : start + DELETE_BATCH]
+            delete_files(collector.store, batch)
+            shown.update(start + len(batch))
 
 
 def _drop(collector: _Collector) -> list[Release]:
@@ -209,6 +217,7 @@ def _compact(
     known = used | {release.encoder for release in dropped}
     files = list_table(store)
     with ray_session(collector.config.ray):
+        check_shared([store.uri("embeddings")])
         collector.progress.stage("find which stored rows are needed")
         written = find_encoders(store, files, bucket_rows)
         encoders = {

@@ -19,7 +19,6 @@ import ray
 
 from jobs.buckets import number_buckets, scatter, turn
 from jobs.catalog import Catalog
-from jobs.cluster import gather
 from jobs.diff import Plan
 from jobs.errors import CatalogError
 from jobs.items import read_unit
@@ -29,6 +28,7 @@ from jobs.schemas import vector_id
 from jobs.state import ROW_GROUP_ROWS, locate
 from jobs.storage import file_sha256
 from jobs.store import Store, scratch_folder
+from jobs.tasks import gather
 
 KEYS = pa.schema(
     [

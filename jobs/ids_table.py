@@ -15,6 +15,7 @@ from pyarrow import acero, ipc
 
 from jobs.errors import JobError
 from jobs.ids_cache import cache_ids
+from jobs.plain import plain_rows
 from jobs.schemas import IMAGE_BITS, product_hash
 from jobs.state import ROW_GROUP_ROWS
 from jobs.store import Store
@@ -226,8 +227,7 @@ class Ids:
     def _rows(self, batches: Int64Array, rows: Int64Array) -> list[dict[str, Any]]:
         """Return rows as dicts, in the order that they are given in."""
         slices = [self._batches[batch].slice(row, 1) for batch, row in _pairs(batches, rows)]
-        found: list[dict[str, Any]] = pa.concat_batches([self._empty, *slices]).to_pylist()
-        return found
+        return plain_rows(pa.Table.from_batches([self._empty, *slices]))
 
 
 def _pairs(batches: Int64Array, rows: Int64Array) -> Iterator[tuple[int, int]]:

@@ -152,7 +152,7 @@ class ImagesConfig:
         ValueError: A limit is out of range, or an entry of http_hosts is not a host.
     """
 
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
 
     max_bytes: int = 20_000_000
     max_pixels: int = 100_000_000

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from jobs.config import read_config
+from jobs.config_file import read_config
 from jobs.csv_columns import ROLE_COLUMNS, guess_roles, read_choices
 from jobs.csv_images import http_host
 from jobs.csv_products import (

@@ -17,7 +17,6 @@ from indexing.drift import IndexHealth, find_drift
 from indexing.search import SearchPoint
 from indexing.spec import IndexSpec
 from jobs import index_tasks
-from jobs.cluster import gather, watch
 from jobs.config import IndexConfig
 from jobs.errors import JobError, StoreError
 from jobs.files import delete_files, list_files
@@ -45,6 +44,7 @@ from jobs.probe import Queries
 from jobs.space import VectorField
 from jobs.storage import StorageError
 from jobs.store import Store
+from jobs.tasks import gather, watch
 from jobs.vectors import MAX_KEY, Draw, sample_vectors
 
 TRAIN_ROWS_A_LIST = 64

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from indexing.spec import IndexSpec
-from jobs.cluster import Room, find_room
 from jobs.live import LiveRows
+from jobs.nodes import Room, find_room
 
 MIB = 2**20
 # Python with Ray, pyarrow and FAISS, and what the heap keeps of a process's earlier tasks.

@@ -42,7 +42,6 @@ from indexing.refine import (
 from indexing.spec import IndexSpec
 from indexing.update import update_index
 from jobs.buckets import Records
-from jobs.cluster import run_telling
 from jobs.errors import StoreError
 from jobs.index_files import (
     FieldFiles,
@@ -57,6 +56,7 @@ from jobs.index_files import (
 from jobs.partials import Partial, fetched_partial, find_partial, make_key, put_partial
 from jobs.space import VectorField
 from jobs.store import Store, scratch_folder
+from jobs.tasks import run_telling
 from jobs.vectors import Draw, Float32Array, Int64Array, join_sample, read_blocks
 
 TEMPLATE = "template.faiss"
@@ -104,7 +104,7 @@ class Changes:
     added: int
 
 
-@ray.remote(num_returns="streaming", max_retries=0)  # `jobs.cluster.watch` tries again
+@ray.remote(num_returns="streaming", max_retries=0)  # `jobs.tasks.watch` tries again
 def train(
     target: Target, draw: Draw, threads: int, *parts: tuple[Int64Array, Float32Array]
 ) -> Iterator[Any]:

@@ -15,6 +15,7 @@ from jobs.catalog import IMAGE_COLUMNS, Catalog, read_catalog
 from jobs.config import CatalogConfig, JobConfig
 from jobs.contract import make_contract, read_contract
 from jobs.errors import CatalogError, ConfigError, FingerprintError
+from jobs.progress import open_progress
 from jobs.schemas import MANIFEST_FORMAT
 from jobs.space import VectorSpace, resolve_space
 from jobs.storage import PARQUET_ERRORS, one_line, open_filesystem, storage_errors
@@ -124,6 +125,7 @@ def made_encoder(config: JobConfig, store: Store) -> Iterator[tuple[Path, Vector
         StoreError: The store can't be read.
     """
     scratch = scratch_folder("checkpoint")
+    open_progress().wait("make the encoder")
     try:
         directory, found = _known_checkpoint(config.encoder, store) or (scratch, "")
         found = found or _create(config.encoder, directory)

@@ -11,15 +11,16 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from jobs.cluster import cluster_gpus, gather
 from jobs.config import EvaluateConfig
 from jobs.contract import QueryEncoder, allowed_precision, read_contract
 from jobs.errors import CatalogError, JobError
 from jobs.fetch import fetch_images
 from jobs.images import ImagesConfig
+from jobs.nodes import cluster_gpus
 from jobs.queries import IMAGE, KEY, TEXT, Query, read_queries
 from jobs.storage import machine_cache
 from jobs.store import Store
+from jobs.tasks import gather
 
 FETCH_ROWS = 64
 

@@ -16,12 +16,12 @@ import numpy.typing as npt
 import ray
 
 from jobs.buckets import Parts, Records, make_groups, split_rows, turn
-from jobs.cluster import gather
 from jobs.diff import Plan, join_parts, same_content
 from jobs.errors import PublishConflictError
 from jobs.schemas import PRECISIONS, REJECT, UPSERT
 from jobs.state import OPERATIONS, REASONS, read_released, read_state, take_rows
 from jobs.store import Release, Store
+from jobs.tasks import gather
 
 BoolArray = npt.NDArray[np.bool_]
 Reason = tuple[str, str]

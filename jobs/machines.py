@@ -18,10 +18,11 @@ from ray.core.generated import autoscaler_pb2
 from ray.exceptions import NodeDiedError, RayError, TaskUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.cluster import LostError, gather, job_error, live_nodes
 from jobs.embed_actors import is_local
 from jobs.errors import JobError, StoreError
+from jobs.nodes import dead_nodes, live_nodes
 from jobs.storage import RAY_NODE, REFUSED, one_line, open_filesystem, storage_errors
+from jobs.tasks import LostError, gather, job_error
 
 NOTICE_S: Final = 20.0  # in which Ray notices that a machine is gone
 TRIES: Final = 8  # a night on spot machines; a fault that follows the work ends yet
@@ -83,7 +84,7 @@ def without_cut_off(
             machine is left to do it.
     """
     for _ in range(0 if is_local() else TRIES - 1):
-        before = _dead_nodes()
+        before = dead_nodes()
         try:
             return work()
         except LostError as error:
@@ -98,14 +99,10 @@ def without_cut_off(
     return work()
 
 
-def _dead_nodes() -> set[str]:
-    return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
-
-
 def _has_died(before: set[str]) -> bool:
     """Whether a machine died beside those dead before; Ray may take a while to notice."""
     deadline = time.monotonic() + NOTICE_S
-    while _dead_nodes() <= before:
+    while dead_nodes() <= before:
         if time.monotonic() > deadline:
             return False
         time.sleep(1.0)

@@ -16,11 +16,12 @@ import ray
 from indexing.metrics import intersection_at_k, list_imbalance
 from indexing.search import SearchPoint
 from indexing.tune import MeasuredPoint, choose_point, prune_curve
-from jobs.cluster import gather
 from jobs.errors import StoreError
 from jobs.index_files import FieldFiles
+from jobs.index_lists import describe_lists
 from jobs.labelled import Labelled
 from jobs.live import Live
+from jobs.neighbours import Comparison, compare_neighbours, join_comparisons
 from jobs.probe import (
     MEASURED_K,
     BoolArray,
@@ -34,6 +35,7 @@ from jobs.probe import (
 from jobs.space import VectorField
 from jobs.storage import StorageError
 from jobs.store import Store
+from jobs.tasks import gather
 from jobs.vectors import (
     MAX_KEY,
     Draw,
@@ -65,12 +67,15 @@ class Measurement:
             where many products share a picture, so that the ten nearest aren't defined.
         intersections: Of every point tried, by its name.
         imbalance: FAISS's imbalance factor of the lists; 1 for a flat index.
+        lists: How long the lists are; see `jobs.index_lists.describe_lists`.
         quantization_error: Mean squared distance between the sample and what the index keeps.
         missing: Live ids that are not in the index.
         extra: Ids in the index that are not live, or are there twice.
         overlap_at_10: With the newest release's index, mean share of the same neighbours; None
             where there is none to compare with.
         not_compared: Why there is none, though the release has one: it is damaged; else empty.
+        changed: Which queries of both kinds find other neighbours than in the newest release;
+            None as for overlap_at_10.
     """
 
     point: SearchPoint
@@ -83,11 +88,13 @@ class Measurement:
     ambiguous: int
     intersections: dict[str, float]
     imbalance: float
+    lists: dict[str, Any] | None
     quantization_error: float
     missing: int
     extra: int
     overlap_at_10: float | None
     not_compared: str
+    changed: Comparison | None
 
 
 def point_name(point: SearchPoint) -> str:
@@ -179,7 +186,8 @@ def measure_index(
     curve = _add_recall(probe, examined, _add_times(examined, curve), ids)
     recall = next(one.recall for one in curve if one.point == best.point)
     found = examined.found
-    overlap, not_compared = _overlap(probe, found)
+    labelled = dict(zip((one.point for one in curve), examined.labelled, strict=False))
+    overlap, changed, not_compared = _compare_with_base(probe, found, labelled.get(best.point))
     clear = queries.clear
     measured = Measurement(
         point=best.point,
@@ -192,11 +200,13 @@ def measure_index(
         ambiguous=int((~clear).sum()),
         intersections={point_name(one.point): one.intersection for one in points},
         imbalance=list_imbalance(swept.list_sizes),
+        lists=describe_lists(swept.list_sizes),
         quantization_error=swept.quantization_error,
         missing=swept.missing,
         extra=swept.extra,
         overlap_at_10=overlap,
         not_compared=not_compared,
+        changed=changed,
     )
     return measured, tuple(asdict(one) for one in curve)
 
@@ -245,24 +255,64 @@ def _add_recall(
     return [replace(one, recall=recall) for one, recall in zip(curve, recalls, strict=True)]
 
 
-def _overlap(probe: Probe, found: Found) -> tuple[float | None, str]:
-    """Return the share of the newest release's neighbours; or why it can't be compared with."""
+def _compare_with_base(
+    probe: Probe, found: Found, labelled: Found | None
+) -> tuple[float | None, Comparison | None, str]:
+    """Compare with what the newest release's index finds for the same queries.
+
+    Args:
+        probe: Searches it.
+        found: By the sampled queries, themselves included.
+        labelled: By the labelled queries; None without any.
+
+    Returns:
+        The mean share of the newest release's neighbours and the queries that find others; or
+        why it can't be compared with.
+    """
     base = probe.queries.base
     if base is None or not base[0].ntotal or not len(found[1]):
-        return None, ""
+        return None, None, ""
     k = min(MEASURED_K, base[0].ntotal, int((found[1] >= 0).sum(axis=1).max()))
     if k == 0:
-        return None, ""
+        return None, None, ""
     try:
-        before = probe.search(*base)[1][:, :k]
+        then, then_labelled = _search_base(probe, *base)
     except StorageError:
         raise
     except StoreError as error:  # it must not keep a release from being replaced by a whole one
-        return None, str(error)
-    clear = probe.queries.clear[: probe.queries.sampled]
-    now, then = found[1][clear, :k], before[clear]
-    same = (now[:, :, None] == then[:, None, :]) & (now[:, :, None] >= 0)
-    return float(same.any(axis=2).mean()), ""
+        return None, None, str(error)
+    sampled = slice(probe.queries.sampled)
+    clear = probe.queries.clear[sampled]
+    now, before = found[1][clear, :k], then[1][clear, :k]
+    same = (now[:, :, None] == before[:, None, :]) & (now[:, :, None] >= 0)
+    changed = _find_changed(probe.queries, found, then, sampled)
+    if probe.queries.labelled and labelled and then_labelled:
+        street = slice(probe.queries.sampled, None)
+        asked = _find_changed(probe.queries, labelled, then_labelled, street)
+        changed = _join_labelled(changed, asked, probe.queries.labelled)
+    return float(same.any(axis=2).mean()), changed, ""
+
+
+def _search_base(probe: Probe, files: FieldFiles, point: SearchPoint) -> tuple[Found, Found | None]:
+    """Search the newest release's index by the sampled queries, and by the labelled ones."""
+    if probe.queries.sampled == len(probe.queries.ids):
+        return probe.search(files, point), None
+    examined = probe.examine(files, [point], point)  # which searches as deep as in the new index
+    return examined.found, examined.labelled[0]
+
+
+def _find_changed(queries: Queries, now: Found, then: Found, part: slice) -> Comparison:
+    """Find the queries of one kind that find other neighbours."""
+    after, before = ((scores[:, :MEASURED_K], ids[:, :MEASURED_K]) for scores, ids in (now, then))
+    return compare_neighbours(queries.ids[part], queries.clear[part], after, before)
+
+
+def _join_labelled(changed: Comparison, found: Comparison, labelled: Labelled) -> Comparison:
+    """Add what changed of the labelled queries, with what was asked."""
+    named = (
+        replace(one, asked=labelled.queries[one.place], root=labelled.root) for one in found.least
+    )
+    return join_comparisons(changed, replace(found, least=tuple(named)))
 
 
 def _self_retrieval(queries: Queries, found: Found) -> float:

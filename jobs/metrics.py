@@ -18,6 +18,7 @@ from typing import Any, Literal
 import ray
 from ray.util.metrics import Counter, Gauge
 
+from jobs.nodes import live_nodes
 from jobs.store import Release
 
 _log = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def _keep(over: threading.Event) -> None:
 
 def scrape_addresses() -> list[str]:
     """Return where Prometheus finds the metrics: `host:port` of each machine that exports them."""
-    nodes = (node for node in ray.nodes() if node["Alive"] and node["MetricsExportPort"] > 0)
+    nodes = (node for node in live_nodes() if node["MetricsExportPort"] > 0)
     return sorted(f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in nodes)
 
 

@@ -70,10 +70,13 @@ def on_machines(run: Run, inputs: Inputs, work: Callable[[], Result]) -> Result:
     Raises:
         JobError: The work's own; or a machine does not see a local folder that the driver sees.
     """
-    lease, catalog = run.store.uri("runs", run.run_id, LEASE), inputs.catalog
-    first = open_filesystem(catalog.root)[0].unstrip_protocol(catalog.files[0])
-    check_shared([lease, first, inputs.config.evaluate.queries])
-    return without_cut_off(work, [lease, first], run.begin_again)
+    needed = [run.store.uri("runs", run.run_id, LEASE), _first_file(inputs.catalog)]
+    check_shared([*needed, inputs.config.evaluate.queries])
+    return without_cut_off(work, needed, run.begin_again)
+
+
+def _first_file(catalog: Catalog) -> str:
+    return str(open_filesystem(catalog.root)[0].unstrip_protocol(catalog.files[0]))
 
 
 def check_same_encoder(run: Run, space: VectorSpace) -> None:
@@ -97,8 +100,10 @@ def compare(run: Run, config: JobConfig, catalog: Catalog, space: VectorSpace) -
 
     Raises:
         CatalogError: A product id is null, empty or occurs twice, or a file is damaged.
+        JobError: A machine of the cluster does not see the catalog that the driver sees.
         StoreError: The table or the newest release can't be read.
     """
+    check_shared([_first_file(catalog)])
     with run.stage("compare the catalog with the store") as counted:
         diff = compare_with_store(
             catalog,

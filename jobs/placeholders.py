@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import ray
 
 from jobs.buckets import Records, split_rows, turn
-from jobs.cluster import gather
 from jobs.live import Live
 from jobs.storage import parquet_errors
 from jobs.store import Store, scratch_folder
+from jobs.tasks import gather
 
 PLACEHOLDERS = 10
 PLACEHOLDER_ROWS = 3

@@ -12,10 +12,11 @@ from typing import Any
 
 import yaml
 
-from jobs.cluster import live_nodes
 from jobs.config import EmbedConfig
+from jobs.config_file import YAML_FAULTS
 from jobs.embed_actors import one_actor
 from jobs.errors import ConfigError
+from jobs.nodes import live_nodes
 
 HEAD = "head_node_type"
 TYPES = "available_node_types"
@@ -195,7 +196,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"cluster file {path} does not exist") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, *YAML_FAULTS) as error:
         raise ConfigError(f"cluster file {path} can't be read: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"cluster file {path} must be a YAML mapping")

@@ -16,7 +16,6 @@ from indexing.search import search_exact
 from indexing.spec import IndexSpec
 from indexing.train import train_index
 from jobs.catalog import Catalog
-from jobs.cluster import gather
 from jobs.config import JobConfig
 from jobs.diff import Diff
 from jobs.embed import EmbedResult, probe_rows
@@ -29,6 +28,7 @@ from jobs.plan_rates import EmbedRate, name_precisions
 from jobs.run import Run
 from jobs.space import VectorSpace
 from jobs.store import Store, scratch_folder
+from jobs.tasks import gather
 
 PIECES_EACH = 3  # of each actor; its first one is left out
 SAMPLE_ROWS = 20_000

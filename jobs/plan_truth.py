@@ -1,11 +1,11 @@
 """Keeps plans in the store, and puts a plan beside what the run then measured."""
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
+from jobs import __version__
 from jobs.config import JobConfig
 from jobs.errors import StoreError
 from jobs.files import list_files
@@ -45,6 +45,7 @@ def write_plan(
 def _key(run: Run, config: JobConfig, space: VectorSpace) -> dict[str, Any]:
     """Return what a plan and the run that it was made for have in common."""
     return {
+        "vitrine": __version__,
         "release": run.parent.version if run.parent else None,
         "encoder": space.encoder,
         "config": config.model_dump(mode="json"),
@@ -104,15 +105,12 @@ def compare_plan(plan: Mapping[str, Any], truth: Mapping[str, Any]) -> dict[str,
         The plan's run, its machines, and `figures`: name, unit, plan, truth, ratio (truth over
         plan), and what the plan is taken from; None where nothing was known or measured.
     """
-    with suppress(KeyError):
-        return {
-            "run": plan["run"],
-            "made_before": plan["run"] != truth["run"],
-            "machines": plan["cluster"]["name"],
-            "figures": _figures(plan, truth),
-        }
-    # A plan of another version of Vitrine.
-    return {"run": plan.get("run"), "made_before": True, "machines": "", "figures": []}
+    return {
+        "run": plan["run"],
+        "made_before": plan["run"] != truth["run"],
+        "machines": plan["cluster"]["name"],
+        "figures": _figures(plan, truth),
+    }
 
 
 def _figures(plan: Mapping[str, Any], truth: Mapping[str, Any]) -> list[dict[str, Any]]:

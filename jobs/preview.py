@@ -13,7 +13,7 @@ import ray
 
 from encoders.checkpoint_files import checkpoint_files
 from jobs.catalog import Catalog
-from jobs.cluster import gather, ray_session
+from jobs.cluster import ray_session
 from jobs.config import JobConfig
 from jobs.diff import Diff
 from jobs.errors import ConfigError
@@ -33,6 +33,7 @@ from jobs.schemas import vector_id
 from jobs.space import VectorSpace, resolve_fields
 from jobs.state import read_data_file
 from jobs.store import Store
+from jobs.tasks import gather
 
 KEPT = ("embeddings", "indexes", "checkpoints")
 

@@ -25,14 +25,15 @@ from indexing.tune import (
 )
 from indexing.update import quantization_error
 from jobs.buckets import Records
-from jobs.cluster import cluster_cpus, gather, gather_bounded
 from jobs.ids_table import Ids
 from jobs.index_files import FieldFiles, in_partition, open_partition, partition_range
 from jobs.index_memory import ask, options, search_bytes
 from jobs.labelled import Labelled
 from jobs.live import Live
+from jobs.nodes import cluster_cpus
 from jobs.storage import machine_cache
 from jobs.store import Store
+from jobs.tasks import gather, gather_bounded
 
 MEASURED_K = 10
 TIE = 1e-6

@@ -1,21 +1,28 @@
 """The last step of a run: gate, publish in one commit, report either way."""
 
+import contextlib
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from jobs import metrics
-from jobs.build import BuildTask
+from jobs.build import BuildTask, describe_index
 from jobs.diff import Counts
 from jobs.embed import EmbedResult
-from jobs.errors import GateError, StoreError
-from jobs.gate import Built, check_gate, release_quality
+from jobs.errors import GateError, JobError, StoreError
+from jobs.gate import Built, release_quality
+from jobs.gate_bars import check_gate, list_bars
+from jobs.plain import title_columns
 from jobs.plan import Work as PlannedWork
 from jobs.plan_cluster import live_cluster
 from jobs.plan_rates import describe_cluster
 from jobs.plan_truth import compare_plan, plan_of_run
 from jobs.report import write_report
+from jobs.report_examples import collect_examples, describe_neighbours
+from jobs.report_pictures import STORED, Pictures
+from jobs.report_sheets import show_queries, show_shared
 from jobs.run import Run
+from jobs.storage import StorageError
 from jobs.store import Release
 from jobs.trace import Actor, read_actors, write_trace
 
@@ -92,7 +99,7 @@ def conclude(
     number = release.version if published else None
     run.log("gate", failures=failures, published=published, release=number)
     report |= {"published": published, "release": number or release.version - 1}
-    address = _write_report(run, task, built, changes.embedded, actors, report)
+    address = _write_report(run, task, built, changes, actors, report)
     if failures:
         raise GateError(failures, address)
     return RunResult(
@@ -120,6 +127,7 @@ def _describe(
     """Return the report, but for what came of the run and where its time went."""
     work = release.quality["work"]
     plan = changes.plan or plan_of_run(run, task.config, task.space, _work_of_reindex(built))
+    bars = list_bars(task.config.gate, release.rows, built, run.parent)
     report = asdict(release) | {
         **describe_changes(changes),
         "worker_s": work["worker_s"],
@@ -128,7 +136,9 @@ def _describe(
         "rejects": built.rejects,
         "masked": built.masked,
         "placeholders": built.placeholders,
-        "indexes": [asdict(index) for index in built.indexes],
+        "gate": [bar.describe() for bar in bars],
+        "indexes": [describe_index(index) for index in built.indexes],
+        "neighbours": describe_neighbours(built, run.parent, task.space.encoder),
         "labelled": {
             "queries": built.measured.queries,
             "by": "photo" if task.asks_with_photos else "words",
@@ -168,21 +178,40 @@ def _write_report(
     run: Run,
     task: BuildTask,
     built: Built,
-    embedded: EmbedResult,
+    changes: Changes,
     actors: list[Actor],
     report: dict[str, Any],
 ) -> str:
     """Write trace, report, log; after the commit a fault there must not look like a failed run."""
-    root, sheet = task.catalog.root, built.measured.sheet
+    root, pictures = task.catalog.root, Pictures(images=task.config.images)
+    if task.catalog.has_bytes:
+        pictures.nowhere = STORED
+    titles = title_columns(task.config.catalog.columns)
+    writes, seconds = changes.embedded.writes, changes.embedded.seconds
     try:
-        report["time"] = write_trace(run, embedded.writes, embedded.seconds, actors)
-        address = write_report(run.store, run.run_id, report, sheet, root, task.config.images)
+        with run.stage("collect examples for the report"):
+            examples = collect_examples(run, task, built, changes.counts, pictures)
+            sheet = show_queries(built.measured.sheet, root, pictures, titles)
+            shared = show_shared(built.placeholders, root, pictures)
+        report["time"] = write_trace(run, writes, seconds, actors)
+        address = write_report(run.store, run.run_id, report, examples, sheet=sheet, shared=shared)
         run.write_log()
-    except StoreError as error:
+    # Any fault: the release is committed, and the exit status must say so.
+    except Exception as error:
         if not report["published"]:
             raise
-        return f"not written: {error}"
+        return _tell_unwritten(run, error)
     return address
+
+
+def _tell_unwritten(run: Run, error: Exception) -> str:
+    """Log why a published run has no report; return what stands in its address's place."""
+    reason = str(error) if isinstance(error, JobError) else f"{type(error).__name__}: {error}"
+    run.log("report not written", error=f"{type(error).__name__}: {error}")
+    if not isinstance(error, StorageError):  # each write would wait for it again
+        with contextlib.suppress(StoreError, OSError):  # the first error is what is told
+            run.write_log()
+    return f"not written: {reason}"
 
 
 def _work(run: Run, task: BuildTask, embedded: EmbedResult) -> dict[str, Any]:

@@ -15,14 +15,15 @@ import ray
 
 from indexing.metrics import mean_reciprocal_rank, recall_at_k
 from jobs.catalog import Catalog, template_names
-from jobs.cluster import gather
 from jobs.config import EvaluateConfig
 from jobs.errors import CatalogError, JobError
 from jobs.fetch import fetch_images
 from jobs.images import ImagesConfig
 from jobs.items import fill_template
+from jobs.nodes import cluster_gpus
 from jobs.pairs import read_pairs
 from jobs.store import Store
+from jobs.tasks import gather
 
 if TYPE_CHECKING:
     from jobs.labelled import Labelled
@@ -204,7 +205,7 @@ def measure_queries(
         indexes: Name of the folder below `indexes/`.
         use_images: Whether to ask with photos, or with words.
     """
-    task = _run_queries.options(num_gpus=1 if ray.cluster_resources().get("GPU") else 0)
+    task = _run_queries.options(num_gpus=min(1, cluster_gpus()))
     outcome = gather([task.remote(labelled, catalog, images, store, indexes, use_images)])[0]
     searched, failed = outcome
     if labelled is None:

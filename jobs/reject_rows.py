@@ -22,9 +22,9 @@ import pyarrow as pa
 import ray
 
 from jobs.buckets import Records, count_buckets, sort_records
-from jobs.cluster import cluster_cpus, gather, gather_bounded
 from jobs.diff import Retry
 from jobs.images import RejectReason
+from jobs.nodes import cluster_cpus
 from jobs.schemas import REJECT, UPSERT
 from jobs.state import (
     OPERATIONS,
@@ -35,6 +35,7 @@ from jobs.state import (
     read_state,
 )
 from jobs.store import Store
+from jobs.tasks import gather, gather_bounded
 
 BLOCK_ROWS = 4_096
 PAGE_ROWS = 1_000

@@ -12,16 +12,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs.cluster import gather, ray_session
+from jobs.cluster import ray_session
 from jobs.config import JobConfig
 from jobs.delta import read_actions
 from jobs.diff import read_retry
 from jobs.errors import JobError
 from jobs.images import RejectReason
+from jobs.machines import check_shared
 from jobs.reject_rows import Counts, Kind, Reject, RejectQuery, find_rows
 from jobs.schemas import REJECT, UPSERT
 from jobs.state import REASONS, read_data_file
 from jobs.store import Release, Store
+from jobs.tasks import gather
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +115,7 @@ def open_rejects(config: JobConfig, query: RejectQuery) -> Iterator[RejectList]:
         yield _describe(release, None, query, {UPSERT: Counter(), REJECT: Counter()}, iter(()))
         return
     with ray_session(config.ray):
+        check_shared([store.uri("embeddings")])
         encoder = release.encoder if release else _newest_encoder(store, version)
         counts, pages = find_rows(
             store,
@@ -189,12 +192,11 @@ def json_parts(found: RejectList) -> Iterator[str]:
         "masked_by_reason": [asdict(one) for one in found.masked_by_reason],
     }
     name = "masked_rows" if found.masked else "rejects"
-    text = f'{json.dumps(head)[:-1]}, "{name}": ['
-    for page in found.pages:  # the head goes with the first: an error before it prints nothing
+    yield f'{json.dumps(head)[:-1]}, "{name}": ['
+    for number, page in enumerate(found.pages):
         rows = (json.dumps(asdict(row), ensure_ascii=False) for row in page)
-        yield text + ", ".join(rows)
-        text = ", "
-    yield "]}" if text == ", " else f"{text}]}}"
+        yield (", " if number else "") + ", ".join(rows)
+    yield "]}"
 
 
 def print_rejects(found: RejectList, console: Console) -> None:

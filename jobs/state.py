@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import ray
 
 from jobs.buckets import Parts, Records, make_groups, scatter, sort_records, split_by_bucket, turn
-from jobs.cluster import gather
 from jobs.errors import StoreError
 from jobs.images import RejectReason
 from jobs.schemas import DELETE, PRECISIONS, REJECT, UPSERT
 from jobs.storage import parquet_errors
 from jobs.store import Release, Store
+from jobs.tasks import gather
 
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]

@@ -1,9 +1,20 @@
-"""Times the steps of a stage that tells its steps in words alone."""
+"""Times and shows the steps of a stage that tells its steps in words alone."""
 
+import re
 import time
-from collections.abc import Callable
+
+from jobs.progress import Progress
 
 STEPS = ("exact search", "sample", "train", "add and merge", "update", "measure")
+HOW_FAR = re.compile(r"(.+), (\d+) of (\d+)")
+
+
+def show_words(progress: Progress, words: str) -> None:
+    """Show what a task tells: how far its step is where that is what they say, else a step."""
+    if far := HOW_FAR.fullmatch(words):
+        progress.far(far[1], int(far[2]), int(far[3]))
+    else:
+        progress.step(words)
 
 
 class StepClock:
@@ -13,15 +24,15 @@ class StepClock:
         seconds: Of each step so far, by its first words; a step that comes twice is summed.
     """
 
-    def __init__(self, field: str, tell: Callable[[str], None]) -> None:
+    def __init__(self, field: str, progress: Progress) -> None:
         """Wait for the first step.
 
         Args:
             field: Whose index is built; a step is told as `field: step`.
-            tell: What else takes the words.
+            progress: Shows the words, and how far a step is where they say it.
         """
         self.seconds: dict[str, float] = {}
-        self._field, self._tell = field, tell
+        self._field, self._progress = field, progress
         self._step, self._began = "", time.monotonic()
 
     def begin(self, words: str) -> None:
@@ -31,7 +42,7 @@ class StepClock:
         if step != self._step:
             self.end()
             self._step = step
-        self._tell(words)
+        show_words(self._progress, words)
 
     def end(self) -> None:
         """End the step under way."""

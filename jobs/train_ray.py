@@ -18,12 +18,13 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
-from jobs.cluster import cluster_cpus, cluster_gpus, job_error
 from jobs.config import JobConfig, TrainConfig
 from jobs.errors import ConfigError, JobError
 from jobs.images import ImagesConfig
-from jobs.progress import Progress
+from jobs.nodes import cluster_cpus, cluster_gpus
+from jobs.progress import Count, Progress
 from jobs.store import Store, scratch_folder
+from jobs.tasks import job_error
 from jobs.train_loop import HISTORY_FILE, TrainTask, train_loop
 
 # On a cluster, a spot worker that goes away is started again, from the last validation. On one
@@ -105,7 +106,7 @@ def fit(
     handler = signal.getsignal(signal.SIGINT) if in_main else None
     progress.stage(f"train {section.preset} in {workers} process{'es' if workers > 1 else ''}")
     try:
-        with progress.count(section.steps, "steps") as shown, _watch(steps, shown):
+        with progress.count(section.steps, "steps") as shown, _watch(steps, progress, shown):
             result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _cause(error) from error
@@ -161,7 +162,11 @@ def _steps_done(folder: Path) -> int:
 
 
 @contextmanager
-def _watch(steps: Any, shown: Progress) -> Iterator[None]:  # noqa: ANN401 - Ray's Queue
+def _watch(
+    steps: Any,  # noqa: ANN401 - Ray's Queue
+    progress: Progress,
+    shown: Count,
+) -> Iterator[None]:
     """Show the steps as rank 0 does them."""
     over = threading.Event()
 
@@ -174,7 +179,7 @@ def _watch(steps: Any, shown: Progress) -> Iterator[None]:  # noqa: ANN401 - Ray
             except ray.exceptions.RayError:
                 return
             if loss is None:
-                shown.step(f"a run was stopped: going on from step {step}")
+                progress.step(f"a run was stopped: going on from step {step}")
             else:
                 shown.update(step, note=f"loss {loss:.3f}")
 

@@ -19,12 +19,13 @@ import ray
 from encoders.fusion import fuse_products
 from indexing.search import merge_topk, search_exact
 from jobs.buckets import Records, sort_records
-from jobs.cluster import cluster_cpus, gather_bounded
 from jobs.errors import StoreError
 from jobs.live import LiveRows
+from jobs.nodes import cluster_cpus
 from jobs.space import VectorField
 from jobs.state import read_data_file
 from jobs.store import Store
+from jobs.tasks import gather_bounded
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
@@ -271,7 +272,7 @@ def exact_search(
         return _exact_block.remote(store, field, group[0], queries, k, exclude, *group[1])
 
     best: Any = None
-    groups = zip(live.files, live.parts, strict=True)
+    groups = list(zip(live.files, live.parts, strict=True))
     for part in gather_bounded(submit, groups, in_flight=2 * cluster_cpus()):
         best = part if best is None else merge_topk([best, part], k)
     if best is None:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from chaos_processes import VICTIMS
 from chaos_runs import Attempt, Moment, Outcome, Query, appended_rows, read_outcome, run_refresh
 
+from jobs.progress import open_progress
 from jobs.sample import write_sample
 from jobs.store import Store
 
@@ -197,12 +198,14 @@ def run_kills(folder: Path, *, kills: int, seed: int, products: int) -> dict[str
     waiting = [VICTIMS[number % len(VICTIMS)] for number in range(kills)]
     chaos.random.shuffle(waiting)
     episodes: list[Episode] = []
-    while waiting and len(episodes) < 2 * kills:  # a victim may be missed: the run was quicker
-        case = CASES[len(episodes) % len(CASES)]
-        episodes.append(chaos.run_episode(case, waiting[:KILLS_AN_EPISODE]))
-        for attempt in episodes[-1].attempts:
-            if attempt.victim is not None:
-                waiting.remove(attempt.victim)
+    with open_progress().count(kills, "kills") as shown:
+        while waiting and len(episodes) < 2 * kills:  # a victim may be missed: the run was quicker
+            case = CASES[len(episodes) % len(CASES)]
+            episodes.append(chaos.run_episode(case, waiting[:KILLS_AN_EPISODE]))
+            for attempt in episodes[-1].attempts:
+                if attempt.victim is not None:
+                    waiting.remove(attempt.victim)
+            shown.update(kills - len(waiting))
     return summarize(episodes, time.monotonic() - started)
 
 

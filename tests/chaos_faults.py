@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from fault_proxy import FaultProxy, Faults
 from s3_server import BUCKET, S3Server, environment
 
+from jobs.progress import open_progress
 from jobs.sample import write_sample
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -62,6 +63,7 @@ def run_faults(folder: Path, *, rounds: int, seed: int, products: int) -> dict[s
             figures["rows_lost"] += len(set(expected["ids"]) - set(found["ids"]))
             figures["duplicates"] += len(found["ids"]) - len(set(found["ids"]))
             figures["differences"] += found != expected
+            open_progress().far("refreshed under faults", number + 1, rounds)
     names = ("refreshes", "attempts", "server_deaths", "rows_lost", "duplicates", "differences")
     return {
         **{name: figures[name] for name in names},

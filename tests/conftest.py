@@ -108,3 +108,11 @@ def failed_line():
         return lines[0]
 
     return check
+
+
+@pytest.fixture(scope="session")
+def demo_shop(tmp_path_factory, tiny_towers, local_ray):
+    """A trained shop of two releases and a candidate, for the page; nobody changes it."""
+    from demo_shop import DemoShop
+
+    return DemoShop(tmp_path_factory.mktemp("demo"), tiny_towers)

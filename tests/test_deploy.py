@@ -18,7 +18,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from jobs.cli import app
 from jobs.cluster import HEAD_ENVIRONMENT
-from jobs.config import read_config
+from jobs.config_file import read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"

@@ -8,17 +8,10 @@ import time
 import pytest
 import ray
 
-from jobs.cluster import (
-    WATCH_S,
-    gather,
-    gather_bounded,
-    ray_errors,
-    ray_session,
-    run_telling,
-    watch,
-)
+from jobs.cluster import ray_session
 from jobs.config import RayConfig
 from jobs.errors import JobError, StoreError
+from jobs.tasks import WATCH_S, gather, gather_bounded, ray_errors, run_telling, watch
 
 
 @pytest.fixture(scope="module")

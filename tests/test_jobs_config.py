@@ -1,6 +1,7 @@
 import pytest
 
-from jobs.config import JobConfig, read_config
+from jobs.config import JobConfig
+from jobs.config_file import read_config
 from jobs.config_keys import config_keys
 from jobs.errors import ConfigError
 
@@ -112,13 +113,33 @@ def test_no_mapping(tmp_path, text):
         read_config(path)
 
 
-@pytest.mark.parametrize("content", [b"a: [1", b"a: \xff\xfe", b"a: !!python/object:os.system {}"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"a: [1",
+        b"a: \xff\xfe",
+        b"a: !!python/object:os.system {}",
+        b"store: 2024-13-45",
+        b"store: " + b"[" * 5000,
+    ],
+)
 def test_no_yaml(tmp_path, content):
     path = tmp_path / "job.yaml"
     path.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
         read_config(path)
     assert "\n" not in str(caught.value)
+
+
+def test_set_with_a_date_that_is_none(config_file):
+    with pytest.raises(ConfigError, match="month must be in"):
+        read_config(config_file, ["store=2024-13-45"])
+
+
+@pytest.mark.parametrize("override", ["images.timeout_s=.nan", "embed.commit_interval_s=.inf"])
+def test_limits_are_finite(config_file, override):
+    with pytest.raises(ConfigError, match="finite number"):
+        read_config(config_file, [override])
 
 
 def test_required_keys_are_named(tmp_path):

@@ -17,7 +17,7 @@ import ray
 from s3_server import S3Server
 
 from jobs import export_files
-from jobs.config import read_config
+from jobs.config_file import read_config
 from jobs.errors import ConfigError, JobError, StoreError
 from jobs.exact import release_rows
 from jobs.export import MANIFEST, export
@@ -282,7 +282,8 @@ def test_too_many_folders_are_refused_before_anything_is_written(shop, tmp_path,
 
 def test_damaged_store_leaves_no_mark(shop, tmp_path):
     shutil.copytree(shop.root, tmp_path / "store")
-    lost = next((tmp_path / "store" / "embeddings").glob("*.parquet"))
+    written = (tmp_path / "store" / "embeddings").glob("*.parquet")
+    lost = max(written, key=lambda path: path.stat().st_size)  # of the full build
     lost.unlink()
     config = shop.config.model_copy(update={"store": str(tmp_path / "store")})
     with pytest.raises(StoreError, match=lost.name):

@@ -16,10 +16,9 @@ from s3_server import S3Server
 from store_maker import ENCODER, Row, age, append, publish
 
 from jobs import leases
-from jobs.cluster import gather
 from jobs.compact import compact, find_encoders, list_table, plan_compaction
 from jobs.compact_rows import mark_needed
-from jobs.config import read_config
+from jobs.config_file import read_config
 from jobs.errors import ConfigError, StoreError
 from jobs.files import delete_files, files_since, list_files, replace_files
 from jobs.gc import describe, gc
@@ -30,6 +29,7 @@ from jobs.rollback import rollback
 from jobs.schemas import DELETE, EMBEDDINGS, REJECT
 from jobs.state import OPERATIONS, STATE_DTYPE, newest_rows, read_data_file, read_state
 from jobs.store import Store
+from jobs.tasks import gather
 
 OTHER = "d" * 64
 RUNS = [f"2026010{n}T120000-aaaaaa" for n in range(1, 7)]

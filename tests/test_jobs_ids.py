@@ -266,6 +266,16 @@ def test_columns_of_dictionaries_that_differ(tmp_path):
     assert len(ids.select(pc.field("one") == "category 1")) == 5
 
 
+def test_text_that_is_not_utf8_is_found_as_far_as_it_can_be_read(tmp_path):
+    """A catalog's column that is not embedded may hold any bytes; its rows are live."""
+    rows = make_rows(1, 1)
+    column = pa.array([b"caf\xe9"]).view(pa.string())
+    metadata = pa.StructArray.from_arrays([column], names=["note"])
+    (found,) = Table(tmp_path, rows, metadata).open().find(int64([rows[0]["vector_id"]]))
+    assert found["metadata"] == {"note": "caf\ufffd"}
+    assert found["product_id"] == "p0"
+
+
 def test_a_second_open_maps_what_is_there(tmp_path):
     table = Table(tmp_path, make_rows())
     with ThreadPoolExecutor(4) as pool:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.catalog import read_catalog
-from jobs.config import read_config
+from jobs.config_file import read_config
 from jobs.errors import JobError
 from jobs.import_csv import ImportOptions, import_csv
 

@@ -23,7 +23,6 @@ from indexing.refine import encode_refine
 from indexing.search import SearchPoint, search_index, search_partition, search_partitions
 from indexing.spec import IndexSpec
 from jobs.buckets import split_by_bucket
-from jobs.cluster import Room, find_room
 from jobs.config import IndexConfig
 from jobs.diff import Plan
 from jobs.embed_write import write_data_file
@@ -34,6 +33,7 @@ from jobs.index_files import open_index, open_partitions, read_files
 from jobs.index_memory import ask, train_bytes
 from jobs.items import PLAN_DTYPE
 from jobs.live import STALE_DTYPE, join_live
+from jobs.nodes import Room, find_room
 from jobs.partials import PARTIALS, RECORD
 from jobs.schemas import EMBEDDINGS
 from jobs.space import VectorField

@@ -6,9 +6,9 @@ import time
 import pytest
 
 from jobs import machines
-from jobs.cluster import LostError
 from jobs.errors import StoreError
 from jobs.storage import storage_errors
+from jobs.tasks import LostError
 
 
 def test_own_ray_begins_nothing_again(local_ray):

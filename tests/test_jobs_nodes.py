@@ -39,7 +39,9 @@ WORK = """
 import json, sys, time
 from pathlib import Path
 import ray
-from jobs.cluster import gather, live_nodes, ray_session
+from jobs.cluster import ray_session
+from jobs.nodes import live_nodes
+from jobs.tasks import gather
 from jobs.config import RayConfig
 from jobs.machines import without_cut_off
 from jobs.storage import open_filesystem, storage_errors

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from jobs.config import read_config
+from jobs.config_file import read_config
 from jobs.diff import Retry
 from jobs.errors import GateError, JobError
 from jobs.images import RejectReason

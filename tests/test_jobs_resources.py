@@ -18,14 +18,16 @@ from PIL import Image
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from ray.cluster_utils import Cluster
 
+from jobs import embed_actors
 from jobs.cluster import HEAD_ENVIRONMENT, WORKER_ENVIRONMENT, _connect, ray_session
 from jobs.config import EmbedConfig, JobConfig, RayConfig
 from jobs.diff import compare_with_store, read_retry
 from jobs.embed import embed_rows
-from jobs.embed_actors import CPU_ROWS, LEAST_ROWS, Actors, piece_rows, plan_actors
+from jobs.embed_actors import Actors, piece_rows, plan_actors, watched
 from jobs.embed_steps import EmbedTask
 from jobs.errors import ConfigError
 from jobs.inputs import add_encoder, open_catalog
+from jobs.machines import without_cut_off
 from jobs.store import Store
 
 MB = 10**6
@@ -249,19 +251,78 @@ def test_lost_node_costs_what_it_had_in_flight(no_ray, large_towers, tmp_path):
     assert written - photos <= 4 * piece  # files whose names were lost with the node
 
 
+def test_lost_actor_without_room_is_given_up_where_nothing_moves(no_ray, monkeypatch, caplog):
+    monkeypatch.setattr(embed_actors, "ROOM_PATIENCE_S", 0.5)
+    monkeypatch.setattr(embed_actors, "STALL_S", 3.0)
+
+    @ray.remote(num_cpus=0, num_gpus=1, max_restarts=-1, max_task_retries=-1)
+    class Waiter:
+        def node(self):
+            return ray.get_runtime_context().get_node_id()
+
+        def wait(self):
+            time.sleep(600)
+
+    with small_cluster() as (cluster, room):
+        nodes = [cluster.add_node(num_cpus=1, num_gpus=1, **room) for _ in range(2)]
+        waiters = [Waiter.remote() for _ in nodes]
+        places = ray.get([waiter.node.remote() for waiter in waiters])
+        lost = waiters[places.index(nodes[0].node_id)]
+        with watched(Actors(gpus=1, cpus=0, memory_mb=0), "Waiter"):
+            never = lost.wait.remote()
+            cluster.remove_node(nodes[0], allow_graceful=False)
+            with pytest.raises(ray.exceptions.ActorDiedError):
+                ray.get(never, timeout=90)
+        left = waiters[places.index(nodes[1].node_id)]
+        assert ray.get(left.node.remote(), timeout=30) == nodes[1].node_id
+    (line,) = caplog.messages
+    assert "1 embedding actors were lost and find no room" in line
+
+
+@pytest.mark.slow
+def test_lost_gpu_that_nobody_replaces_does_not_stall_the_rest(
+    no_ray, large_towers, tmp_path, monkeypatch
+):
+    """What waits for the lost one can fill so small an object store."""
+    photos, done, begun = 3000, [], []
+    monkeypatch.setattr(embed_actors, "STALL_S", 15.0)
+    write_photos(tmp_path / "catalog.parquet", photos)
+    with small_cluster() as (cluster, room), ThreadPoolExecutor(1) as pool:
+        workers = [cluster.add_node(num_cpus=1, num_gpus=1, **room) for _ in range(2)]
+
+        def work():
+            catalog = tmp_path / "catalog.parquet"
+            task, diff = make_stage(
+                tmp_path / "store", large_towers, catalog, rows_per_file=64, commit_interval_s=1
+            )
+            embed_rows(task, diff, lambda rows, rejected: done.append(rows))
+            return task.store
+
+        run = pool.submit(without_cut_off, work, [], begun.append)
+        deadline = time.monotonic() + 60
+        while (not done or done[-1] < photos / 4) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        cluster.remove_node(workers[0], allow_graceful=False)
+        store = run.result(timeout=180)
+    assert len(set(committed_rows(store).tolist())) == photos
+    assert len(begun) <= 1
+
+
 @pytest.mark.parametrize(
-    ("rows", "count", "gpus", "wanted"),
+    ("rows", "count", "wanted"),
     [
-        (48, 2, 0, 24),
-        (20, 16, 0, 16),
-        (1000, 2, 0, 125),
-        (10**6, 16, 0, CPU_ROWS),
-        (0, 2, 0, LEAST_ROWS),
+        (20, 16, [16, 4]),
+        (60, 2, [16, 16, 16, 12]),
+        (300, 2, [75, 57, 42, 32, 24, 18, 16, 16, 16, 4]),
+        (1_000, 1, [256, 256, 244, 122, 61, 31, 16, 14]),
     ],
 )
-def test_few_rows_are_work_for_all_actors(rows, count, gpus, wanted):
-    actors = Actors(gpus=gpus, cpus=1, memory_mb=0, count=count)
-    assert piece_rows(EmbedConfig(), actors, rows) == wanted
+def test_pieces_get_smaller_so_that_all_actors_end_together(rows, count, wanted):
+    actors, pieces = Actors(gpus=0, cpus=1, memory_mb=0, count=count), []
+    while rows:
+        pieces.append(min(rows, piece_rows(EmbedConfig(), actors, rows)))
+        rows -= pieces[-1]
+    assert pieces == wanted
 
 
 def test_actor_asks_for_what_is_configured():

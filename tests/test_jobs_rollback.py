@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from store_maker import Row, age, append, publish
 
-from jobs.config import read_config
+from jobs.config_file import read_config
 from jobs.errors import PublishConflictError, StoreError
 from jobs.files import list_files
 from jobs.gc import gc

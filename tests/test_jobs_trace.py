@@ -1,19 +1,19 @@
 """Where the time went: spans that lie inside their run, add up, and open as a trace."""
 
-import html
 import itertools
 import json
 from pathlib import Path
 
 import pytest
 import ray
-from jinja2 import Environment, PackageLoader
+from page_checks import check_page
 
 from jobs.config import JobConfig
 from jobs.errors import JobError
 from jobs.progress import Progress
 from jobs.refresh import refresh
 from jobs.reindex import reindex
+from jobs.report import open_templates
 from jobs.run import Run
 from jobs.store import Store
 from jobs.trace import (
@@ -70,9 +70,9 @@ def test_stages_add_up_to_the_run(runs):
         )
         named = {span["name"] for span in stages if " stages" not in span["name"]}
         assert {"start: encoder, catalog, Ray"} < named
-        told = html.unescape((folder / "report.html").read_text(encoding="utf-8"))
-        assert all(f"<td>{name}</td>" in told for name in named)
-        assert 'href="trace.json"' in told
+        page = check_page((folder / "report.html").read_text(encoding="utf-8"))
+        assert all(name in page.texts["time"] for name in named)
+        assert ("href", "trace.json") in page.references
 
 
 def test_spans_lie_inside_the_run_one_after_the_other(runs):
@@ -161,7 +161,7 @@ def test_a_stage_that_failed_and_the_one_after_it(local_ray, tmp_path):
     assert [name for name in names if "embed" in name] == ["embed (failed)", "embed"]
     assert sum(one["seconds"] for one in time["spans"]) == pytest.approx(time["wall_s"], abs=0.05)
     assert time["begun_again"] == ["a machine was lost: <it>"]
-    macros = Environment(loader=PackageLoader("jobs"), autoescape=True).get_template("macros.html")
+    macros = open_templates().get_template("macros.html")
     told = str(macros.module.where_time_went(time))
     assert "begun again 1 time; " in told
     assert "1: a machine was lost: &lt;it&gt;." in told

@@ -21,6 +21,7 @@ COMMANDS = {
         "sample",
         "train",
         "import_csv",
+        "demo",
         "cli",
     )
 }
@@ -65,7 +66,7 @@ def test_indexing_knows_neither_encoders_nor_the_shell():
 
 
 def test_commands_import_no_other_command():
-    entries = ("cli.py", "cli_store.py", "__main__.py")
+    entries = ("cli.py", "cli_demo.py", "cli_store.py", "__main__.py")
     files = [path for path in modules("jobs") if path.name not in entries]
     assert offenders(files, COMMANDS) == []
 

@@ -49,8 +49,10 @@ CONTENDERS = ("forward", "decode", "loader", "stage", "clip-retrieval")
 def run_process(command: list[str], task: Figures) -> Figures:
     """Run a contender in a process of its own; return its figures and those of its processes."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    # Spinning threads would steal a core from whatever has work on it.
-    settings = dict.fromkeys(names, str(task["threads"])) | {"OMP_WAIT_POLICY": "PASSIVE"}
+    # What the stage's own processes get: spinning threads would steal a core from whatever has
+    # work on it, and small pages cost a forward pass some percent.
+    settings = {"OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"}
+    settings |= dict.fromkeys(names, str(task["threads"]))
     root = {"PYTHONPATH": str(HERE.parent), "PYTHONWARNINGS": "ignore"}
     figures, processes = Path(task["figures"]), Processes(WATCH_S)
     said = figures.with_suffix(".log")

@@ -80,6 +80,14 @@ class EncoderSpec:
         if self.checkpoint is not None and (self.image_weights or self.text_weights):
             raise ValueError("image_weights and text_weights don't go with a checkpoint")
 
+    @property
+    def names_files(self) -> bool:
+        """Whether it is made from files, whose content may change: of a tag or a seed it can't."""
+        files = (self.checkpoint, self.image_weights, self.text_weights)
+        if any(files) or self.architecture.endswith(".json"):
+            return True
+        return self.pretrained != RANDOM and Path(str(self.pretrained)).exists()
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSpec:

@@ -109,10 +109,11 @@ def _open_releases(
         other, name = _find_release(store, options.compare)
         found.append(other)
         names.append(name)
-    shown = []
+    shown: list[Shown] = []
     for release, name in zip(found, names, strict=True):
         progress.stage(f"open {name}")
-        shown.append(open_shown(store, release, name, config))
+        beside = shown[0] if shown else None
+        shown.append(open_shown(store, release, name, config, beside))
     return tuple(shown)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,9 @@ from jobs.state import ROW_GROUP_ROWS, rows_address
 from jobs.storage import machine_cache, parquet_errors
 from jobs.store import Release, Store
 from jobs.vectors import read_blocks
+
+if TYPE_CHECKING:
+    from encoders.encoder import Encoder  # torch: seconds
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -49,7 +53,9 @@ class Shown:
         return self.release.indexes
 
 
-def open_shown(store: Store, release: Release, name: str, config: JobConfig) -> Shown:
+def open_shown(
+    store: Store, release: Release, name: str, config: JobConfig, beside: Shown | None = None
+) -> Shown:
     """Open a release or a candidate.
 
     Args:
@@ -57,12 +63,16 @@ def open_shown(store: Store, release: Release, name: str, config: JobConfig) -> 
         release: Which.
         name: As people say it.
         config: Its `images` are the limits of photos, its `catalog.columns` name the title.
+        beside: Another one; where both have the same encoder, it is loaded once.
 
     Raises:
         StoreError: It is damaged.
         FingerprintError: See `jobs.search.Searcher`.
     """
-    searcher = Searcher(store, release.indexes, images=config.images, encoder=release.encoder)
+    encoder: str | Encoder = release.encoder
+    if beside is not None and beside.release.encoder == release.encoder:
+        encoder = beside.searcher.encoder
+    searcher = Searcher(store, release.indexes, images=config.images, encoder=encoder)
     path = cache_ids(store, searcher.manifest["ids"], machine_cache() / "ids", ROW_GROUP_ROWS)
     physical, there = config.catalog.columns, searcher.ids.columns
     titles = title_columns(physical)

@@ -19,6 +19,7 @@ from jobs.machines import check_shared
 from jobs.progress import Progress
 from jobs.queries import KEY, QueryFile, read_queries
 from jobs.report import write_evaluation
+from jobs.run import Run
 from jobs.scores import (
     DEFINITIONS,
     RANKS,
@@ -32,7 +33,8 @@ from jobs.scores import (
     subtract,
     summarize,
 )
-from jobs.store import Release, Store, new_run_id
+from jobs.store import Release, Store
+from jobs.trace import write_trace
 
 Rankings = dict[tuple[str, str], list[list[str]]]
 """By kind of query and field: the product ids that each query found, best first."""
@@ -88,25 +90,26 @@ def evaluate(
     """
     if config.evaluate.queries is None:
         raise ConfigError(f"{KEY} is not set: name a Parquet file of labelled queries")
-    store = Store(config.store)
+    run = Run("evaluate", Store(config.store), progress)
+    store = run.store
     release = store.release(version) if candidate is None else store.candidate(candidate)
     catalog_root = read_catalog(config.catalog, need_images=False, need_text=False).root
     file = read_queries(config.evaluate)
     with ray_session(config.ray):
         manifest = store.uri("indexes", release.indexes, "manifest.json")
         check_shared([manifest, config.evaluate.queries, catalog_root])
-        named = f"release {release.version}" if candidate is None else f"candidate {candidate}"
-        progress.stage(f"ask {named} {len(file.queries):,} queries")
-        answers = ask_release(
-            store, release, file.queries, file.root, config.images, config.evaluate.category
-        )
+        with run.stage("ask the release") as counted:
+            answers = ask_release(
+                store, release, file.queries, file.root, config.images, config.evaluate.category
+            )
+            counted["rows"] = len(file.queries)
         skipped = _skipped(file, answers)
         if not answers.queries:
             raise CatalogError(f"{KEY} {config.evaluate.queries}: {_why_none(file, skipped)}")
-        progress.stage("search exactly")
-        exact = _search_exactly(store, release, answers, config.ray.bucket_rows)
-    progress.stage("measure")
-    metrics, paired = _measure(answers, exact)
+        with run.stage("search exactly"):
+            exact = _search_exactly(store, release, answers, config.ray.bucket_rows)
+        with run.stage("measure"):
+            metrics, paired = _measure(answers, exact)
     evaluation = Evaluation(
         release=release.version if candidate is None else None,
         candidate=candidate,
@@ -119,6 +122,7 @@ def evaluate(
         report="",
     )
     report = asdict(evaluation) | _describe(config, release, file, answers)
+    report |= {"run": run.run_id, "time": write_trace(run, (), {})}
     address = write_evaluation(store, report, answers.failures, catalog_root, config.images)
     return replace(evaluation, report=address)
 
@@ -197,7 +201,6 @@ def _describe(
         for one in answers.failures
     ]
     return {
-        "run": new_run_id(),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "products": release.products,
         "encoder": release.encoder,

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,13 @@ from jobs.errors import CatalogError, ConfigError, FingerprintError
 from jobs.progress import open_progress
 from jobs.schemas import MANIFEST_FORMAT
 from jobs.space import VectorSpace, resolve_space
-from jobs.storage import PARQUET_ERRORS, one_line, open_filesystem, storage_errors
+from jobs.storage import (
+    PARQUET_ERRORS,
+    machine_cache,
+    one_line,
+    open_filesystem,
+    storage_errors,
+)
 from jobs.store import Store, scratch_folder
 
 
@@ -115,7 +122,8 @@ def _published_contract(store: Store, space: VectorSpace) -> dict[str, Any] | No
 def made_encoder(config: JobConfig, store: Store) -> Iterator[tuple[Path, VectorSpace]]:
     """Make the configured encoder's checkpoint in a temporary folder.
 
-    A checkpoint that the store has already was checked before, and is read where it lies.
+    A checkpoint that the store has already was checked before, and is read where it lies; so is
+    what the newest release has of the same tag or seed.
 
     Yields:
         The folder, and what the job makes of the encoder.
@@ -127,7 +135,8 @@ def made_encoder(config: JobConfig, store: Store) -> Iterator[tuple[Path, Vector
     scratch = scratch_folder("checkpoint")
     open_progress().wait("make the encoder")
     try:
-        directory, found = _known_checkpoint(config.encoder, store) or (scratch, "")
+        known = _known_checkpoint if config.encoder.checkpoint else _published_checkpoint
+        directory, found = known(config.encoder, store) or (scratch, "")
         found = found or _create(config.encoder, directory)
         made = read_checkpoint_config(directory)
         space = resolve_space(
@@ -152,10 +161,23 @@ def _create(spec: EncoderSpec, directory: Path) -> str:
 
 def _known_checkpoint(spec: EncoderSpec, store: Store) -> tuple[Path, str] | None:
     """Return the folder and the fingerprint of a configured checkpoint that the store has."""
-    if spec.checkpoint is None:
-        return None
-    source = Path(spec.checkpoint)
+    source = Path(str(spec.checkpoint))
     found = fingerprint(source)
     mark = store.uri("checkpoints", found, CONFIG_FILE)
     with storage_errors(f"store {store.root}", "read"):
         return (source, found) if store.filesystem().exists(mark) else None
+
+
+def _published_checkpoint(spec: EncoderSpec, store: Store) -> tuple[Path, str] | None:
+    """Return the newest release's checkpoint, if it was made from the same tag or seed."""
+    newest = store.current_release()
+    if newest is None or spec.names_files:
+        return None
+    manifest = store.read_json("indexes", newest.indexes, "manifest.json")
+    if manifest["config"]["encoder"] != asdict(spec):
+        return None
+    directory = store.local_copy(machine_cache(), "checkpoints", newest.encoder)
+    with suppress(ValueError):  # another version's files: made anew
+        read_checkpoint_config(directory)
+        return directory, newest.encoder
+    return None

@@ -75,6 +75,7 @@ class Searcher:
         points: By field: the operating point, which a search uses that names no other.
         indexes: By field: its partitions.
         ids: What each vector id is.
+        encoder: Encodes queries; another release of the same encoder can be opened with it.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class Searcher:
                 directory, precision=precision, expected_fingerprint=self.space.encoder
             )
         check_encoder(self.space, encoder)
+        self.encoder = encoder
         self._queries = QueryEncoder(
             encoder=encoder,
             tokenizer=load_tokenizers(directory).query,

@@ -41,7 +41,7 @@ class VectorSpace:
         dim: D of the vectors that are stored.
         preprocess: How pictures become pixels.
         fusion: With the weights in force.
-        fields: What an index is built of, in the configuration's order.
+        fields: What an index is built of, sorted: the order in which it is named changes nothing.
     """
 
     encoder: str
@@ -104,20 +104,20 @@ def resolve_space(
 
 
 def resolve_fields(embed: EmbedConfig, fusion: FusionSpec) -> tuple[str, ...]:
-    """Return the configured fields; by default image and text, or all that the encoder has.
+    """Return the configured fields, sorted; by default image and text, or all of the encoder's.
 
     Raises:
         ConfigError: The encoder lacks a field.
     """
     if embed.fields is None:
-        return ("image", "text") if fusion.kind == "sum" else fusion.fields
+        return ("image", "text") if fusion.kind == "sum" else tuple(sorted(fusion.fields))
     missing = [name for name in embed.fields if name not in fusion.fields]
     if missing:
         raise ConfigError(
             f"embed.fields has {', '.join(missing)}, this encoder (fusion {fusion.kind}) has "
             f"{', '.join(fusion.fields)}"
         )
-    return tuple(dict.fromkeys(embed.fields))
+    return tuple(sorted(set(embed.fields)))
 
 
 def _resolve_fusion(embed: EmbedConfig, fusion: FusionSpec) -> FusionSpec:
@@ -156,7 +156,7 @@ def parse_space(values: dict[str, Any]) -> VectorSpace:
             dim=values["dim"],
             preprocess=PreprocessSpec(**preprocess),
             fusion=FusionSpec(**values["fusion"]),
-            fields=tuple(values["fields"]),
+            fields=tuple(sorted(values["fields"])),
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"the query contract is incomplete: {error}") from error

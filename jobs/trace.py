@@ -134,7 +134,7 @@ def list_spans(stages: Iterable[Mapping[str, Any]], wall_s: float) -> list[dict[
     for stage in [*(one for one in stages if one["began_s"] is not None), ended]:
         gap_s = stage["began_s"] - over_s
         if gap_s >= LEAST_GAP_S:
-            name = "between stages" if spans else "start: encoder, catalog, Ray"
+            name = "between stages" if spans else "start"
             name = name if stage is not ended else "end"
             spans.append({"stage": name, "began_s": over_s, "seconds": gap_s, "rows_per_s": None})
         over_s = stage["began_s"] + stage["seconds"]

@@ -29,8 +29,9 @@ from jobs.machines import check_shared
 from jobs.outputs import check_new_folder
 from jobs.pair_data import PairData
 from jobs.progress import Progress
+from jobs.run import Run
 from jobs.storage import open_filesystem
-from jobs.store import Store, new_run_id, scratch_folder
+from jobs.store import Store, scratch_folder
 from jobs.train_loop import BEST_FOLDER, HISTORY_FILE, train_spec
 from jobs.train_ray import fit, start_folder
 from jobs.train_report import write_train_report
@@ -82,21 +83,21 @@ def train(config: JobConfig, destination: Path, progress: Progress) -> TrainResu
     section = _absolute(config.train)
     _check_settings(section)
     _check_destination(destination)
-    store = Store(config.store)
+    run = Run("train", Store(config.store), progress)
     progress.stage("prepare the encoder")
     start = scratch_folder("train")
     try:
         fingerprint = make_start(config, section, start)
         _check_pairs(config, section, start)
         name = f"train-{_identity(config, section, fingerprint)}"
-        _add_start(store, start, fingerprint, name)
+        _add_start(run.store, start, fingerprint, name)
     finally:
         shutil.rmtree(start)
     with ray_session(config.ray):
-        check_shared([store.uri(start_folder(name)), section.pairs, section.validation])
-        kept = fit(config, section, store, name, fingerprint, progress)
-        result = _conclude(config, store, kept, destination)
-    _forget(store, name)
+        check_shared([run.store.uri(start_folder(name)), section.pairs, section.validation])
+        kept = fit(config, section, run, name, fingerprint)
+        result = _conclude(config, run, kept, destination)
+    _forget(run.store, name)
     return result
 
 
@@ -192,7 +193,7 @@ def _version(path: str) -> str:
 
 
 def _conclude(
-    config: JobConfig, store: Store, kept: ray.train.Checkpoint, destination: Path
+    config: JobConfig, run: Run, kept: ray.train.Checkpoint, destination: Path
 ) -> TrainResult:
     """Write the report, and copy the best checkpoint to its place, whole or not at all."""
     place = destination.absolute()
@@ -206,7 +207,7 @@ def _conclude(
     losses = [step["loss"] for step in history["steps"]]
     tail = losses[-max(1, len(losses) // 10) :]
     best = [v for v in history["validations"] if v["step"] == history["best_step"]]
-    report = write_train_report(store, new_run_id(), config, history)
+    report = write_train_report(run, config, history)
     try:
         part.replace(place)
     except OSError as error:

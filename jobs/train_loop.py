@@ -6,8 +6,10 @@ Ray Train runs it in every worker; it runs by itself too, where no group was sta
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,8 @@ class History:
         best_step: Step of the checkpoint in `best/`; 0 is the start, with fusion weights chosen.
         fingerprint: Its fingerprint.
         bad_pictures: How many pictures rank 0 could not use, by reason.
+        seconds: What rank 0 took for its steps, for batches that it had to wait for, for
+            validation, and for mining negatives; without what a kill undid.
     """
 
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -69,6 +73,7 @@ class History:
     fingerprint: str = ""
     pairs: int = 0
     bad_pictures: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 Report = Callable[[dict[str, Any], Path | None], None]
@@ -105,7 +110,8 @@ def train_loop(
     with ThreadPoolExecutor(1) as loader:
         for step, batch in _prefetch(run, loader):
             try:
-                metrics = run.trainer.run_step(batch)
+                with run.timed("steps"):
+                    metrics = run.trainer.run_step(batch)
             except ValueError as error:
                 raise JobError(f"train: {error}") from error
             run.history.steps.append(asdict(metrics))
@@ -126,7 +132,8 @@ def _prefetch(run: "_Run", loader: ThreadPoolExecutor) -> Iterator[tuple[int, Tr
     steps = range(run.trainer.step + 1, run.spec.steps + 1)
     waiting: Future[TrainBatch] | None = None
     for step in steps:
-        batch = run.batches.load(step) if waiting is None else waiting.result()
+        with run.timed("waiting for batches"):
+            batch = run.batches.load(step) if waiting is None else waiting.result()
         waiting = None
         if step % run.validate_every and step < run.spec.steps:
             waiting = loader.submit(run.batches.load, step + 1)
@@ -217,7 +224,8 @@ class _Run:
         if self.held_out is None:
             return None
         most = self.task.config.validation_queries
-        return validate(self._encoder(), self.tokenizers, self.held_out, max_queries=most)
+        with self.timed("validation"):
+            return validate(self._encoder(), self.tokenizers, self.held_out, max_queries=most)
 
     def _write_folder(self) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="vitrine-train-"))
@@ -233,7 +241,9 @@ class _Run:
         Every rank finds the same ones by itself.
         """
         wanted = self.task.config.hard_negatives
-        if self.data.is_msr and wanted:
+        if not self.data.is_msr or not wanted:
+            return
+        with self.timed("mining negatives"):
             self.batches.negatives = mine_negatives(
                 self._encoder(),
                 self.tokenizers,
@@ -241,6 +251,14 @@ class _Run:
                 wanted=wanted,
                 random=np.random.default_rng((self.task.config.seed, self.trainer.step)),
             )
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the block's seconds to a part of the history's."""
+        began = time.monotonic()
+        yield
+        before = self.history.seconds.get(part, 0.0)
+        self.history.seconds[part] = before + time.monotonic() - began
 
     def _encoder(self) -> Encoder:
         """Return the encoder as it is now."""

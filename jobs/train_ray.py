@@ -23,6 +23,7 @@ from jobs.errors import ConfigError, JobError
 from jobs.images import ImagesConfig
 from jobs.nodes import cluster_cpus, cluster_gpus
 from jobs.progress import Count, Progress
+from jobs.run import Run
 from jobs.store import Store, scratch_folder
 from jobs.tasks import job_error
 from jobs.train_loop import HISTORY_FILE, TrainTask, train_loop
@@ -54,20 +55,18 @@ def start_folder(name: str) -> str:
 def fit(
     config: JobConfig,
     section: TrainConfig,
-    store: Store,
+    run: Run,
     name: str,
     start: str,
-    progress: Progress,
 ) -> ray.train.Checkpoint:
     """Run the workers to the end, from where a killed run of the same name was.
 
     Args:
         config: Its `images` and `ray` sections.
         section: How to train; its paths are absolute.
-        store: Keeps what the workers report below `training/<name>`.
-        name: The run's name.
+        run: Its store keeps what the workers report below `training/<name>`.
+        name: Of this training.
         start: Fingerprint of the checkpoint to begin with, in the run's `start_folder`.
-        progress: Shows steps and loss.
 
     Returns:
         The last folder that the workers reported.
@@ -84,8 +83,8 @@ def fit(
     threads = max(1, cpus // workers)
     steps = Queue(actor_options={"num_cpus": 0})
     place = (start_folder(name), start)
-    task = _WorkerTask(section, config.images, store, place, gpus > 0, threads, steps)
-    path, filesystem = _storage(store)
+    task = _WorkerTask(section, config.images, run.store, place, gpus > 0, threads, steps)
+    path, filesystem = _storage(run.store)
     trainer = TorchTrainer(
         _run_worker,
         train_loop_config={"task": task},
@@ -104,9 +103,13 @@ def fit(
     )
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT) if in_main else None
-    progress.stage(f"train {section.preset} in {workers} process{'es' if workers > 1 else ''}")
+    stage = f"train {section.preset} in {workers} process{'es' if workers > 1 else ''}"
     try:
-        with progress.count(section.steps, "steps") as shown, _watch(steps, progress, shown):
+        with (
+            run.stage(stage),
+            run.progress.count(section.steps, "steps") as shown,
+            _watch(steps, run.progress, shown),
+        ):
             result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _cause(error) from error

@@ -9,7 +9,8 @@ import numpy as np
 from jobs.config import JobConfig
 from jobs.plots import Line, Mark, draw_lines
 from jobs.report import render_report
-from jobs.store import Store
+from jobs.run import Run
+from jobs.trace import write_trace
 
 SMOOTH_STEPS = 25
 MOST_POINTS = 600  # of a line: a chart is not wider in pixels, and the page stays small
@@ -31,21 +32,20 @@ class Chart:
     rows: list[list[float]]
 
 
-def write_train_report(store: Store, run: str, config: JobConfig, history: dict[str, Any]) -> str:
+def write_train_report(run: Run, config: JobConfig, history: dict[str, Any]) -> str:
     """Write `report.json` and `report.html` below `runs/<run>/`.
 
     Args:
-        store: The store.
-        run: The run's id.
+        run: The run; it is nearly over.
         config: What was run.
         history: `jobs.train_loop.History` as a dict.
 
     Returns:
         Address of report.html.
     """
-    report = history | {"run": run, "config": config.model_dump(mode="json")}
-    report["config_hash"] = config.hash()
-    return render_report(store, run, "train.html", report, charts=draw_charts(history))
+    report = history | {"run": run.run_id, "config": config.model_dump(mode="json")}
+    report |= {"config_hash": config.hash(), "time": write_trace(run, (), {})}
+    return render_report(run.store, run.run_id, "train.html", report, charts=draw_charts(history))
 
 
 def draw_charts(history: Mapping[str, Any]) -> list[Chart]:

@@ -120,7 +120,8 @@ class DemoShop:
         for name in names:
             found = store.release(name) if isinstance(name, int) else store.candidate(name)
             words = f"release {name}" if isinstance(name, int) else f"candidate {name}"
-            shown.append(open_shown(store, found, words, config))
+            beside = shown[0] if shown else None
+            shown.append(open_shown(store, found, words, config, beside))
         catalog = read_catalog(config.catalog, need_images=True, need_text=False)
         return Page(
             shown=tuple(shown),

@@ -134,6 +134,21 @@ def test_two_sources_are_refused():
         EncoderSpec(pretrained="random", checkpoint="somewhere")
 
 
+@pytest.mark.parametrize(
+    ("given", "files"),
+    [
+        ({"pretrained": "random"}, False),
+        ({"pretrained": "laion2b_s34b_b79k"}, False),
+        ({"pretrained": __file__}, True),
+        ({"pretrained": "random", "architecture": "own.json"}, True),
+        ({"pretrained": "random", "image_weights": "trunk.safetensors"}, True),
+        ({"checkpoint": "somewhere"}, True),
+    ],
+)
+def test_what_names_files_may_change(given, files):
+    assert EncoderSpec(**given).names_files is files
+
+
 def test_unknown_names_are_refused(tmp_path, architecture):
     for spec, message in [
         (EncoderSpec(architecture="ViT-X", pretrained="random"), "unknown architecture"),

@@ -426,6 +426,11 @@ def test_two_releases_are_compared(pair, demo_shop):
     assert answer["answers"][0]["results"]
 
 
+def test_releases_of_one_encoder_share_it(demo_shop):
+    newest, older = demo_shop.open_page(2, 1).shown
+    assert newest.searcher.encoder is older.searcher.encoder
+
+
 def test_each_release_encodes_by_its_own_encoder(demo_shop):
     page = demo_shop.open_page(2, demo_shop.candidate)
     product = sorted(demo_shop.ids[1])[1]

@@ -164,6 +164,12 @@ def test_report_shows_failures_and_is_self_contained(shop, own, call_vitrine):
     page = Path(answer["report"]).read_text(encoding="utf-8")
     assert page.count("<b>right, rank ") == len(near)
     assert check_page(page).images["found"] > len(ranks)
+    stages = [one["stage"] for one in report["time"]["spans"]]
+    assert [name for name in stages if name not in ("start", "between stages", "end")] == [
+        "ask the release",
+        "search exactly",
+        "measure",
+    ]
 
 
 def test_what_cannot_be_asked_is_counted_by_reason(shop, call_vitrine):

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -169,6 +171,28 @@ def test_report_is_measured_and_self_contained(chain):
     assert {"embed", "embed: decode"} <= {stage["stage"] for stage in report["stages"]}
     images = check_page(page).images
     assert min(images["changes"], images["found"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "made"),
+    [
+        ([], False),
+        (["embed.fields=[text,multimodal,image]"], False),
+        (["encoder.seed=1"], True),
+        (["embed.query_image_weight=0.4"], True),
+    ],
+)
+def test_published_encoder_is_not_made_again(chain, overrides, made):
+    code = (
+        "import sys; from jobs.config_file import read_config\n"
+        "from jobs.inputs import find_contract, made_encoder; from jobs.store import Store\n"
+        "config = read_config(sys.argv[1], sys.argv[2:]); store = Store(config.store)\n"
+        "with made_encoder(config, store) as made: find_contract(store, *made)\n"
+        "print('torch' in sys.modules)"
+    )
+    asked = [sys.executable, "-c", code, str(chain.config), *overrides]
+    done = subprocess.run(asked, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(made)
 
 
 def test_manifest_counts_live_rows_by_precision(chain):

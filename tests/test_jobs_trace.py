@@ -69,7 +69,7 @@ def test_stages_add_up_to_the_run(runs):
             time["wall_s"] * 1e6, abs=50_000
         )
         named = {span["name"] for span in stages if " stages" not in span["name"]}
-        assert {"start: encoder, catalog, Ray"} < named
+        assert {"start"} < named
         page = check_page((folder / "report.html").read_text(encoding="utf-8"))
         assert all(name in page.texts["time"] for name in named)
         assert ("href", "trace.json") in page.references
@@ -125,7 +125,7 @@ def test_what_lies_between_stages_is_a_span():
     stages = [stage("a", 1.0, 2.0), stage("a: step", None, 9.0), stage("b", 3.5, 1.0)]
     spans = list_spans(stages, 5.0)
     assert [(one["stage"], one["began_s"], one["seconds"]) for one in spans] == [
-        ("start: encoder, catalog, Ray", 0.0, 1.0),
+        ("start", 0.0, 1.0),
         ("a", 1.0, 2.0),
         ("between stages", 3.0, 0.5),
         ("b", 3.5, 1.0),

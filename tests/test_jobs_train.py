@@ -83,7 +83,11 @@ def test_command_trains_reports_and_cleans_up(local_ray, job, tmp_path, call_vit
     assert report["config"]["train"]["preset"] == "mim4"
     page = Path(result["report"]).read_text(encoding="utf-8")
     assert page.count("<svg ") == 3
-    assert check_page(page).sections == ["quality", "curves", "configuration"]
+    assert check_page(page).sections == ["quality", "curves", "time", "configuration"]
+    assert set(report["seconds"]) == {"steps", "waiting for batches", "validation"}
+    spans = {one["stage"]: one["seconds"] for one in report["time"]["spans"]}
+    assert 0 < sum(report["seconds"].values()) < spans["train mim4 in 1 process"]
+    assert (Path(result["report"]).parent / "trace.json").exists()
     assert list((tmp_path / "store" / "training").iterdir()) == []
     assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "out"]
     left = [name for name in os.listdir(tmp_path / "store") if name not in ("checkpoints", "runs")]
@@ -298,7 +302,11 @@ def test_loop_goes_on_from_each_validation(loop, preset):
     assert [folder.name for folder in kept] == ["kept-0", "kept-2", "kept-4", "kept-5"]
     for folder, reports in zip(kept, (3, 2, 1, 0), strict=True):
         again, more = loop.run(preset=preset, steps=5, resume=folder)
-        assert json.dumps(asdict(again)) == json.dumps(asdict(whole))
+        unlike_clocks = {"seconds": {}}
+        assert json.dumps(asdict(again) | unlike_clocks) == json.dumps(
+            asdict(whole) | unlike_clocks
+        )
+        assert again.seconds.keys() == whole.seconds.keys()  # of the parts before the kill, too
         assert len(more) == reports
 
 

@@ -34,7 +34,7 @@ from encoders.spec import (
     context_length,
     image_size_px,
 )
-from encoders.towers import build_model, build_text_tower
+from encoders.towers import build_model, build_text_tower, without_init
 from encoders.weights import (
     HF_FILES,
     hf_folder,
@@ -195,7 +195,8 @@ def load_model(directory: str | Path) -> tuple[torch.nn.Module, CheckpointConfig
     size_px = image_size_px(config.model_config)
     if config.preprocess.size_px != size_px:
         raise ValueError(f"{root}: pixels of {config.preprocess.size_px}, but a model of {size_px}")
-    model = build_checkpoint_model(config)
+    with without_init():
+        model = build_checkpoint_model(config)
     load_exactly(model, read_tensors(root / WEIGHTS_FILE), str(root))
     return model, config
 

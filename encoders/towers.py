@@ -1,11 +1,13 @@
 """Models of open_clip, built from a config: what is in every encoder, and what is trained."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from torch.overrides import TorchFunctionMode
 
 from encoders.spec import (
     DEMO_ARCHITECTURE,
@@ -80,6 +82,27 @@ def build_model(model_config: ModelConfig, *, seed: int = 0) -> torch.nn.Module:
     except (TypeError, AttributeError, RuntimeError, OSError, KeyError) as error:
         raise ValueError(f"open_clip refuses the model config: {first_line(error)}") from error
     return model
+
+
+class without_init(TorchFunctionMode):  # noqa: N801 - used as a function is
+    """Leave out the random weights of what is built in the block: others are loaded over them.
+
+    They take most of the time of building. What the state dict doesn't hold must not come from
+    `torch.nn.init`.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401 - torch's
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever the function returns
+        """Return the tensor as it is where it would be filled."""
+        named = kwargs or {}
+        if getattr(func, "__module__", "") == torch.nn.init.__name__:
+            return named["tensor"] if "tensor" in named else args[0]
+        return func(*args, **named)
 
 
 def build_text_tower(text_config: ModelConfig, dim: int, *, seed: int = 0) -> torch.nn.Module:

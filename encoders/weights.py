@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from encoders.spec import ModelConfig, check_file, first_line
-from encoders.towers import build_model
+from encoders.towers import build_model, without_init
 
 _MAX_FAULTS_SHOWN = 4
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
@@ -92,7 +92,8 @@ def build_loaded(
     Raises:
         ValueError: They are not; the message names the first differences.
     """
-    model = build_model(config)
+    with without_init():
+        model = build_model(config)
     load_exactly(model, state, source)
     return model
 

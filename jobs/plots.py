@@ -4,14 +4,14 @@ import hashlib
 import io
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import quoteattr
 
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+if TYPE_CHECKING:  # matplotlib takes a third of a second, and most commands draw nothing
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Line = tuple[Sequence[float], Sequence[float]]
 """The x and the y values of a line."""
@@ -69,7 +69,7 @@ def draw_lines(
     Returns:
         An `<svg>` element.
     """
-    with rc_context(_STYLE):
+    with _styled():
         figure, axes = _begin(title, x_label, y_label)
         for number, (name, (x, y)) in enumerate(lines.items()):
             again, color = divmod(number, len(_COLORS))
@@ -116,7 +116,9 @@ def draw_histogram(
     Returns:
         An `<svg>` element.
     """
-    with rc_context(_STYLE):
+    from matplotlib.ticker import MaxNLocator
+
+    with _styled():
         figure, axes = _begin(title, x_label, y_label)
         axes.stairs(counts, edges, fill=True, color=_COLORS[0])
         if edges[-1] - edges[-2] != edges[1] - edges[0]:
@@ -129,14 +131,22 @@ def draw_histogram(
         return _finish(figure, title)
 
 
-def _begin(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
+def _styled() -> AbstractContextManager[None]:
+    from matplotlib import rc_context
+
+    return rc_context(_STYLE)
+
+
+def _begin(title: str, x_label: str, y_label: str) -> tuple["Figure", "Axes"]:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9.0, 3.2), layout="constrained")
     axes = figure.add_subplot()
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     return figure, axes
 
 
-def _point_out(axes: Axes, mark: Mark) -> None:
+def _point_out(axes: "Axes", mark: Mark) -> None:
     axes.plot(
         [mark.x],
         [mark.y],
@@ -161,7 +171,7 @@ def _point_out(axes: Axes, mark: Mark) -> None:
     )
 
 
-def _finish(figure: Figure, title: str) -> str:
+def _finish(figure: "Figure", title: str) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
     svg = buffer.getvalue()

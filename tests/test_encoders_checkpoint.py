@@ -24,7 +24,7 @@ from encoders.checkpoint_files import CheckpointConfig, fingerprint, read_checkp
 from encoders.create import _build_preprocess, create_checkpoint
 from encoders.fusion import FusionSpec
 from encoders.spec import EncoderSpec, PreprocessSpec
-from encoders.towers import build_model
+from encoders.towers import build_model, without_init
 
 torch.set_num_threads(1)
 
@@ -507,3 +507,14 @@ def test_own_image_tower_takes_open_clips_names(tmp_path, architecture, checkpoi
 def test_tower_weights_beside_a_checkpoint_are_refused():
     with pytest.raises(ValueError, match="don't go with a checkpoint"):
         EncoderSpec(checkpoint="somewhere", text_weights="bert")
+
+
+def test_nothing_is_filled_that_is_loaded_over():
+    kept = torch.full((3, 3), 7.0)
+    with without_init():
+        torch.nn.init.normal_(kept)
+        torch.nn.init.kaiming_uniform_(tensor=kept)
+        assert torch.equal(kept + 1, torch.full((3, 3), 8.0))
+    assert torch.equal(kept, torch.full((3, 3), 7.0))
+    torch.nn.init.normal_(kept)
+    assert not torch.equal(kept, torch.full((3, 3), 7.0))

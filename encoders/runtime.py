@@ -22,6 +22,7 @@ BoolArray = npt.NDArray[np.bool_]
 _ROUNDED = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 _BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")  # the last is ARM's
 _GPU_BATCH_ROWS = 256
+_CPU_BATCH_ROWS = 16  # a thread: of more, activations fall out of the caches
 
 
 class Runtime:
@@ -75,12 +76,14 @@ class Runtime:
         return normalize_pixels(self.load(pixels), self._mean, self._std)
 
     def stream_pixels(self, pixels: UInt8Array) -> Iterator[torch.Tensor]:
-        """Yield (b, 3, H, W) float32 on the device; on a CPU all pixels at once.
+        """Yield (b, 3, H, W) float32 on the device, in parts.
 
-        On a GPU the next batch is copied, as uint8 from pinned memory, while the last is encoded.
+        On a CPU they are small and nearly of one size. On a GPU the next batch is copied, as uint8
+        from pinned memory, while the last is encoded.
         """
         if self.device.type != "cuda":
-            yield self.load_pixels(pixels)
+            most = _CPU_BATCH_ROWS * torch.get_num_threads()
+            yield from map(self.load_pixels, np.array_split(pixels, -(-len(pixels) // most)))
             return
         starts = range(0, len(pixels), _GPU_BATCH_ROWS)
         parts = [pixels[start : start + _GPU_BATCH_ROWS] for start in starts]

@@ -172,6 +172,22 @@ def test_vectors_are_unit_float32():
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-5)
 
 
+def test_batch_is_encoded_in_parts_of_nearly_one_size(monkeypatch):
+    encoder, sizes = make_encoder(make_spec()), []
+    encode = encoder._model.encode_image
+
+    def encode_part(part):
+        sizes.append(len(part))
+        return encode(part)
+
+    monkeypatch.setattr(encoder._model, "encode_image", encode_part)
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 96, 96, 3), dtype=np.uint8)
+    found = encoder.encode_images(pixels)
+    assert sizes == [13, 12, 12]
+    alone = np.concatenate([encoder.encode_images(one[None]) for one in pixels])
+    np.testing.assert_allclose(found, alone, atol=1e-5)
+
+
 def test_bf16_stays_close_to_fp32():
     encoder, rough = make_encoder(make_spec()), make_encoder(make_spec(), precision="bf16")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)

@@ -18,6 +18,7 @@ Float32Array = npt.NDArray[np.float32]
 ModelConfig = dict[str, Any]
 
 RANDOM = "random"
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 DEMO_ARCHITECTURE = "vitrine-tiny"
 
 # Trains from scratch on rendered 96-px products on two CPU cores in minutes. A convolutional
@@ -82,11 +83,13 @@ class EncoderSpec:
 
     @property
     def names_files(self) -> bool:
-        """Whether it is made from files, whose content may change: of a tag or a seed it can't."""
+        """Whether it is made from files, whose content may change; else from a tag or a seed."""
         files = (self.checkpoint, self.image_weights, self.text_weights)
         if any(files) or self.architecture.endswith(".json"):
             return True
-        return self.pretrained != RANDOM and Path(str(self.pretrained)).exists()
+        named = Path(str(self.pretrained))
+        is_file = named.suffix in (".safetensors", *TORCH_SUFFIXES) or named.exists()
+        return is_file and self.pretrained != RANDOM
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from encoders.spec import ModelConfig, check_file, first_line
+from encoders.spec import TORCH_SUFFIXES, ModelConfig, check_file, first_line
 from encoders.towers import build_model, without_init
 
 _MAX_FAULTS_SHOWN = 4
-_TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 # What a Hugging Face text tower and its tokenizer are loaded from; the weights are ours.
 HF_FILES = (
     "config.json",
@@ -62,8 +61,8 @@ def read_weights_file(path: Path, name: str) -> dict[str, torch.Tensor]:
         raise ValueError(f"pretrained {path}: neither a file nor a tag of {name} (tags: {tags})")
     if path.suffix == ".safetensors":
         return read_tensors(path)
-    if path.suffix not in _TORCH_SUFFIXES:
-        raise ValueError(f"{path}: expected .safetensors or one of {_TORCH_SUFFIXES}")
+    if path.suffix not in TORCH_SUFFIXES:
+        raise ValueError(f"{path}: expected .safetensors or one of {TORCH_SUFFIXES}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:

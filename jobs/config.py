@@ -5,15 +5,17 @@ Every key, its default and its meaning is a field here; `docs/config.md` is gene
 
 import hashlib
 import json
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from encoders.spec import EncoderSpec
 from indexing.drift import DriftLimits
 from jobs.images import ImagesConfig
 
 FieldName = Literal["image", "text", "multimodal"]
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 
 
 class Section(BaseModel):
@@ -63,7 +65,9 @@ class EmbedConfig(Section):
         le=1,
         description="Share of the photo in a query of photo and words; none: the checkpoint's.",
     )
-    batch_size: int = Field(default=64, gt=0, description="Rows a forward pass.")
+    batch_size: int = Field(
+        default=64, gt=0, description="Rows a batch of an actor; on CPUs encoded in parts."
+    )
     actors: int = Field(
         default=0,
         ge=0,
@@ -108,6 +112,12 @@ class EmbedConfig(Section):
         ge=0,
         description="Image vectors that are kept to be given to byte-identical images; 0: none.",
     )
+
+    @field_validator("fields")
+    @classmethod
+    def _sort(cls, fields: tuple[FieldName, ...] | None) -> tuple[FieldName, ...] | None:
+        """Sort them: the order in which they are named changes nothing."""
+        return fields and tuple(sorted(set(fields)))
 
 
 class IndexConfig(Section):
@@ -300,6 +310,13 @@ class JobConfig(Section):
     gate: GateConfig = GateConfig()
     train: TrainConfig | None = None
     ray: RayConfig = RayConfig()
+
+    @field_validator("store")
+    @classmethod
+    def _is_folder_or_s3(cls, store: str) -> str:
+        if SCHEME.match(store) and not store.startswith(("s3://", "s3a://", "file://")):
+            raise ValueError("expected a folder or s3://bucket/prefix")
+        return store
 
     @model_validator(mode="after")
     def _recall_needs_queries(self) -> "JobConfig":

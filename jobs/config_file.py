@@ -34,7 +34,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_Loader)
     except FileNotFoundError as error:
         raise ConfigError(f"config {path} does not exist") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -42,7 +42,8 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     except YAML_FAULTS as error:
         raise ConfigError(f"config {path} is no YAML: {_yaml_fault(error)}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"config {path} must be a YAML mapping, not {type(values).__name__}")
+        found = "is empty" if values is None else f"is no YAML mapping but {values!r:.60}"
+        raise ConfigError(f"config {path} {found}; docs/config.md lists the keys it needs")
     for override in overrides:
         _apply_override(values, override)
     try:
@@ -50,6 +51,20 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     except ValidationError as error:
         given = {override.partition("=")[0] for override in overrides}
         raise ConfigError(f"config {path}: {'; '.join(_faults(error, text, given))}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which PyYAML takes the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Construct a mapping."""
+        lines: dict[str, int] = {}
+        for key in (pair[0] for pair in node.value if isinstance(pair[0], yaml.ScalarNode)):
+            if key.value in lines:
+                told = f"{key.value!r} is there already, on line {lines[key.value]}"
+                raise yaml.MarkedYAMLError(problem=told, problem_mark=key.start_mark)
+            lines[key.value] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -126,8 +141,7 @@ def find_line(text: str, key: Iterable[str | int]) -> int | None:
 def _find_child(node: yaml.Node | None, part: str | int) -> tuple[yaml.Node, yaml.Node] | None:
     """Return the node that names a child, and the child."""
     if isinstance(node, yaml.MappingNode):
-        # Where a key is there twice, the last one counts.
-        return next((pair for pair in reversed(node.value) if pair[0].value == str(part)), None)
+        return next((pair for pair in node.value if pair[0].value == str(part)), None)
     if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
         return node.value[part], node.value[part]
     return None

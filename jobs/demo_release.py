@@ -63,14 +63,15 @@ def open_shown(
         release: Which.
         name: As people say it.
         config: Its `images` are the limits of photos, its `catalog.columns` name the title.
-        beside: Another one; where both have the same encoder, it is loaded once.
+        beside: Another one; where both have the same query contract, they share the encoder.
 
     Raises:
         StoreError: It is damaged.
         FingerprintError: See `jobs.search.Searcher`.
     """
     encoder: str | Encoder = release.encoder
-    if beside is not None and beside.release.encoder == release.encoder:
+    manifest = store.read_json("indexes", release.indexes, "manifest.json")
+    if beside is not None and beside.searcher.manifest["query"] == manifest.get("query"):
         encoder = beside.searcher.encoder
     searcher = Searcher(store, release.indexes, images=config.images, encoder=encoder)
     path = cache_ids(store, searcher.manifest["ids"], machine_cache() / "ids", ROW_GROUP_ROWS)

@@ -98,7 +98,9 @@ def evaluate(
     with ray_session(config.ray):
         manifest = store.uri("indexes", release.indexes, "manifest.json")
         check_shared([manifest, config.evaluate.queries, catalog_root])
+        named = f"release {release.version}" if candidate is None else f"candidate {candidate}"
         with run.stage("ask the release") as counted:
+            progress.step(f"{named}, {len(file.queries):,} queries")
             answers = ask_release(
                 store, release, file.queries, file.root, config.images, config.evaluate.category
             )

@@ -1,5 +1,6 @@
 """Decides which index a field gets, and whether the newest release's may be updated."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from indexing.choose import HELD_OUT_SHARE, trainable_rows
@@ -44,6 +45,25 @@ def choose_spec(config: IndexConfig, ntotal: int, dim: int) -> tuple[IndexSpec, 
             "index.factory out"
         )
     return spec, why
+
+
+def check_factory(config: IndexConfig, dims: Iterable[int]) -> None:
+    """Refuse a configured index that no field's vectors can have, before anything is embedded.
+
+    Args:
+        config: The index section.
+        dims: D of each field.
+
+    Raises:
+        ConfigError: As the first line says.
+    """
+    if config.factory is None:
+        return
+    try:
+        for dim in dims:
+            IndexSpec.parse(config.factory, dim)
+    except ValueError as error:
+        raise ConfigError(f"index.factory: {error}; docs/indexes.md has them all") from error
 
 
 def check_trainable(config: IndexConfig, spec: IndexSpec, ntotal: int) -> None:

@@ -163,21 +163,25 @@ def _known_checkpoint(spec: EncoderSpec, store: Store) -> tuple[Path, str] | Non
     """Return the folder and the fingerprint of a configured checkpoint that the store has."""
     source = Path(str(spec.checkpoint))
     found = fingerprint(source)
-    mark = store.uri("checkpoints", found, CONFIG_FILE)
-    with storage_errors(f"store {store.root}", "read"):
-        return (source, found) if store.filesystem().exists(mark) else None
+    return (source, found) if _has_checkpoint(store, found) else None
 
 
 def _published_checkpoint(spec: EncoderSpec, store: Store) -> tuple[Path, str] | None:
-    """Return the newest release's checkpoint, if it was made from the same tag or seed."""
+    """Return the newest release's checkpoint, if it is whole and made from the same tag or seed."""
     newest = store.current_release()
     if newest is None or spec.names_files:
         return None
     manifest = store.read_json("indexes", newest.indexes, "manifest.json")
-    if manifest["config"]["encoder"] != asdict(spec):
+    if manifest["config"]["encoder"] != asdict(spec) or not _has_checkpoint(store, newest.encoder):
         return None
     directory = store.local_copy(machine_cache(), "checkpoints", newest.encoder)
-    with suppress(ValueError):  # another version's files: made anew
-        read_checkpoint_config(directory)
-        return directory, newest.encoder
+    with suppress(ValueError):  # damaged, or of another version: made anew
+        if fingerprint(directory) == newest.encoder:
+            return directory, newest.encoder
     return None
+
+
+def _has_checkpoint(store: Store, encoder: str) -> bool:
+    mark = store.uri("checkpoints", encoder, CONFIG_FILE)
+    with storage_errors(f"store {store.root}", "read"):
+        return bool(store.filesystem().exists(mark))

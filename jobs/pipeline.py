@@ -16,6 +16,7 @@ from jobs.embed import EmbedResult, embed_rows
 from jobs.embed_steps import EmbedTask
 from jobs.errors import FingerprintError
 from jobs.gate import Built
+from jobs.index_choice import check_factory
 from jobs.inputs import add_encoder, open_catalog, read_fusion
 from jobs.leases import FILE as LEASE
 from jobs.live import join_live
@@ -51,11 +52,12 @@ def open_inputs(config: JobConfig, run: Run) -> Inputs:
 
     Raises:
         CatalogError: See `jobs.inputs.open_catalog`.
-        ConfigError: See `jobs.inputs.add_encoder`.
+        ConfigError: See `jobs.inputs.add_encoder`; or the index doesn't go with the vectors.
     """
     fields = resolve_fields(config.embed, read_fusion(config.encoder))
     catalog = open_catalog(config.catalog, fields)
     space, contract = add_encoder(config, run.store)
+    check_factory(config.index, [space.field(name).dim for name in space.fields])
     return Inputs(config=config, catalog=catalog, space=space, contract=contract)
 
 

@@ -52,7 +52,7 @@ class Run:
         """Name the run and begin its log.
 
         Args:
-            command: What runs: refresh, reindex.
+            command: What runs: refresh, reindex, train, evaluate.
             store: What it writes to.
             progress: Shows what happens.
             writes: Whether it may write its log.

@@ -41,7 +41,7 @@ class VectorSpace:
         dim: D of the vectors that are stored.
         preprocess: How pictures become pixels.
         fusion: With the weights in force.
-        fields: What an index is built of, sorted: the order in which it is named changes nothing.
+        fields: What an index is built of, sorted.
     """
 
     encoder: str
@@ -117,7 +117,7 @@ def resolve_fields(embed: EmbedConfig, fusion: FusionSpec) -> tuple[str, ...]:
             f"embed.fields has {', '.join(missing)}, this encoder (fusion {fusion.kind}) has "
             f"{', '.join(fusion.fields)}"
         )
-    return tuple(sorted(set(embed.fields)))
+    return embed.fields
 
 
 def _resolve_fusion(embed: EmbedConfig, fusion: FusionSpec) -> FusionSpec:

@@ -110,11 +110,7 @@ def fit(
             run.progress.count(section.steps, "steps") as shown,
             _watch(steps, run.progress, shown),
         ):
-            result = trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise _cause(error) from error
-    except SystemExit as error:  # what Ray Train makes of Ctrl-C, without a word
-        raise KeyboardInterrupt from error
+            result = _fit(trainer)
     finally:
         steps.shutdown()
         if handler is not None:  # Ray Train leaves its own behind
@@ -122,6 +118,15 @@ def fit(
     if result.checkpoint is None:
         raise JobError("training ended without a checkpoint")
     return result.checkpoint
+
+
+def _fit(trainer: TorchTrainer) -> ray.train.Result:
+    try:
+        return trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise _cause(error) from error
+    except SystemExit as error:  # what Ray Train makes of Ctrl-C, without a word
+        raise KeyboardInterrupt from error
 
 
 def _run_worker(loop_config: dict[str, Any]) -> None:

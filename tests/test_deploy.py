@@ -258,7 +258,7 @@ def shown_commands():
         folded = list(strings(read_yaml(path))) if path.suffix == ".yaml" else []
         comments = re.findall(r"#.*", read(path)) if folded else [read(path)]
         for text in (*folded, *comments):
-            for line in re.findall(rf"\bvitrine ((?:{names})\b[^\n`;|]*)", text):
+            for line in re.findall(rf"\bvitrine ((?:{names})\b[^\n`;|>]*)", text):
                 found.append(pytest.param(line, id=f"{path.name}: {line[:50]}"))
     return found
 
@@ -273,7 +273,7 @@ def test_command_is_one_that_the_command_line_takes(line):
     read_config(DEPLOY / "kuberay" / "job.yaml", context.params.get("overrides") or ())
 
 
-@pytest.mark.parametrize("name", ["vitrine-refresh.service", "vitrine-refresh.timer"])
+@pytest.mark.parametrize("name", sorted(path.name for path in (DEPLOY / "systemd").iterdir()))
 def test_systemd_takes_the_unit(name, tmp_path):
     for path in (DEPLOY / "systemd").iterdir():
         text = read(path).replace("/opt/vitrine/bin/vitrine", sys.executable)
@@ -295,11 +295,13 @@ def test_systemd_takes_the_unit(name, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_cron_line_has_a_time_and_a_user():
+def test_cron_lines_have_a_time_and_a_user():
     lines = [one for one in read(DEPLOY / "cron" / "vitrine").splitlines() if one[0] != "#"]
-    assert len(lines) == 1
-    assert re.match(r"\d+ \d+ \* \* \* vitrine \S", lines[0])
-    assert "%" not in lines[0]  # a new line, to cron
+    assert [re.search(r"bin/vitrine (\w+)", line)[1] for line in lines] == ["refresh", "gc"]
+    for line in lines:
+        assert re.match(r"\d+ \d+ \* \* [*\d] vitrine \S", line)
+        assert "%" not in line  # a new line, to cron
+        assert re.search(r" > \w+\.log$", line)  # what it prints would be mailed each time
 
 
 def said_by_the_code():

@@ -140,6 +140,8 @@ def test_two_sources_are_refused():
         ({"pretrained": "random"}, False),
         ({"pretrained": "laion2b_s34b_b79k"}, False),
         ({"pretrained": __file__}, True),
+        ({"pretrained": "gone/weights.safetensors"}, True),
+        ({"pretrained": "weights.pt"}, True),
         ({"pretrained": "random", "architecture": "own.json"}, True),
         ({"pretrained": "random", "image_weights": "trunk.safetensors"}, True),
         ({"checkpoint": "somewhere"}, True),

@@ -173,6 +173,7 @@ def test_vectors_are_unit_float32():
 
 
 def test_batch_is_encoded_in_parts_of_nearly_one_size(monkeypatch):
+    torch.set_num_threads(1)
     encoder, sizes = make_encoder(make_spec()), []
     encode = encoder._model.encode_image
 

@@ -100,6 +100,27 @@ def test_missing_file(tmp_path):
         read_config(tmp_path / "nowhere.yaml")
 
 
+@pytest.mark.parametrize("store", ["s3:/bucket", "gs://bucket/prefix", "https://host/a"])
+def test_store_is_a_folder_or_on_s3(config_file, store):
+    with pytest.raises(ConfigError, match=f"store: expected a folder or s3://.*found '{store}'"):
+        read_config(config_file, [f"store={store}"])
+
+
+@pytest.mark.parametrize("store", ["s3://bucket/a", "file:///a", "/a", "a:b", "C:d/e"])
+def test_other_stores_are_taken(config_file, store):
+    assert read_config(config_file, [f"store={store}"]).store == store
+
+
+@pytest.mark.parametrize("again", ["store: other", "catalog: {path: b, path: c}"])
+def test_key_that_is_there_twice(tmp_path, again):
+    path = tmp_path / "job.yaml"
+    path.write_text(f"store: a\nembed: {{}}\n{again}\n")
+    name = "store" if "store" in again else "path"
+    line = 1 if "store" in again else 3
+    with pytest.raises(ConfigError, match=f"line 3, .*'{name}' is there already, on line {line}"):
+        read_config(path)
+
+
 def test_folder_is_no_config(tmp_path):
     with pytest.raises(ConfigError, match="can't be read"):
         read_config(tmp_path)
@@ -109,7 +130,7 @@ def test_folder_is_no_config(tmp_path):
 def test_no_mapping(tmp_path, text):
     path = tmp_path / "job.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="must be a YAML mapping"):
+    with pytest.raises(ConfigError, match=r"is empty|is no YAML mapping"):
         read_config(path)
 
 

@@ -183,16 +183,38 @@ def test_report_is_measured_and_self_contained(chain):
     ],
 )
 def test_published_encoder_is_not_made_again(chain, overrides, made):
+    assert find_encoder(chain.config, *overrides) is made
+
+
+@pytest.mark.parametrize("damage", ["lost", "altered"])
+def test_published_encoder_that_is_damaged_is_made_again(chain, tmp_path, damage):
+    shutil.copytree(chain.folder / "store", tmp_path / "store")
+    (checkpoint,) = (tmp_path / "store" / "checkpoints").iterdir()
+    if damage == "lost":
+        shutil.rmtree(checkpoint)
+    else:
+        weights = checkpoint / "model.safetensors"
+        content = weights.read_bytes()
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert find_encoder(chain.config, f"store={tmp_path / 'store'}") is True
+
+
+def find_encoder(config, *overrides):
+    """Find the encoder and the contract as a refresh does; return whether torch was needed."""
     code = (
-        "import sys; from jobs.config_file import read_config\n"
+        "import sys; from pathlib import Path; from jobs.config_file import read_config\n"
+        "from encoders.checkpoint_files import fingerprint\n"
         "from jobs.inputs import find_contract, made_encoder; from jobs.store import Store\n"
         "config = read_config(sys.argv[1], sys.argv[2:]); store = Store(config.store)\n"
-        "with made_encoder(config, store) as made: find_contract(store, *made)\n"
+        "with made_encoder(config, store) as (directory, space):\n"
+        "    assert fingerprint(directory) == space.encoder\n"
+        "    assert find_contract(store, directory, space)['encoder'] == space.encoder\n"
         "print('torch' in sys.modules)"
     )
-    asked = [sys.executable, "-c", code, str(chain.config), *overrides]
-    done = subprocess.run(asked, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(made)
+    asked = [sys.executable, "-c", code, str(config), *overrides]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip() == "True"
 
 
 def test_manifest_counts_live_rows_by_precision(chain):
@@ -418,6 +440,8 @@ def write_catalog(path, **columns):
         ({}, ("encoder={checkpoint: /nowhere}",), ["/nowhere"]),
         ({}, ("encoder={architecture: ViT-B-32}",), ["pretrained: random"]),
         ({}, ("store=/dev/null/store",), ["/dev/null/store"]),
+        ({}, ("index.factory=IVFfoo",), ["index.factory", "IVFfoo", "docs/indexes.md"]),
+        ({}, ("index.factory='IVF4,PQ3'",), ["index.factory", "128"]),
     ],
 )
 def test_refresh_that_cannot_begin(tmp_path, call_vitrine, failed_line, columns, overrides, words):

@@ -65,14 +65,19 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    for name, value in HEAD_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    _connect(config)
+    connect(config)
     with _watched_head():
         yield
 
 
-def _connect(config: RayConfig) -> None:
+def connect(config: RayConfig) -> None:
+    """Connect to the configured cluster, or start a local one, that nothing watches.
+
+    Raises:
+        JobError: The cluster isn't there, or Ray can't be started.
+    """
+    for name, value in HEAD_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     address = config.address or "local"
     failed = f"the Ray cluster at {address} can't be used" if config.address else "Ray can't start"
     local = {

@@ -70,9 +70,10 @@ def open_shown(
         FingerprintError: See `jobs.search.Searcher`.
     """
     encoder: str | Encoder = release.encoder
-    manifest = store.read_json("indexes", release.indexes, "manifest.json")
-    if beside is not None and beside.searcher.manifest["query"] == manifest.get("query"):
-        encoder = beside.searcher.encoder
+    if beside is not None:
+        manifest = store.read_json("indexes", release.indexes, "manifest.json")
+        if manifest.get("query") == beside.searcher.manifest["query"]:
+            encoder = beside.searcher.encoder
     searcher = Searcher(store, release.indexes, images=config.images, encoder=encoder)
     path = cache_ids(store, searcher.manifest["ids"], machine_cache() / "ids", ROW_GROUP_ROWS)
     physical, there = config.catalog.columns, searcher.ids.columns

@@ -54,11 +54,16 @@ def local_ray():
     Its workers have the environment of its start: a test that changes what they read of it runs
     `run_vitrine`, whose Ray is its own.
     """
-    from jobs.cluster import ray_session
+    import ray
+
+    from jobs.cluster import connect
     from jobs.config import RayConfig
 
-    with ray_session(RayConfig(object_store_mb=128)):
-        yield
+    # Not watched: tests that need another Ray end this one in between, and a watch that saw its
+    # processes end would interrupt them all.
+    connect(RayConfig(object_store_mb=128))
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from ray._private.internal_api import get_memory_info_reply, get_state_from_addr
 from ray.cluster_utils import Cluster
 
 from jobs import embed_actors
-from jobs.cluster import HEAD_ENVIRONMENT, WORKER_ENVIRONMENT, _connect, ray_session
+from jobs.cluster import HEAD_ENVIRONMENT, WORKER_ENVIRONMENT, connect, ray_session
 from jobs.config import EmbedConfig, JobConfig, RayConfig
 from jobs.diff import compare_with_store, read_retry
 from jobs.embed import embed_rows
@@ -146,7 +146,7 @@ def no_ray(monkeypatch):
     yield
     ray.shutdown()
     if shared:
-        _connect(RayConfig(object_store_mb=128))
+        connect(RayConfig(object_store_mb=128))
 
 
 @contextmanager

@@ -37,8 +37,9 @@ HEAD_ENVIRONMENT = {
     # error. What goes wrong reaches us as exceptions.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     # While a task has all CPUs, Ray ends idle workers after a second; the next stage would wait
-    # for others to start and import, longer than some stages take.
-    "RAY_idle_worker_killing_time_threshold_ms": "30000",
+    # for others to start and import, longer than some stages take. Five minutes outlast a night's
+    # embedding, but not a catalog's, whose actors may want the memory.
+    "RAY_idle_worker_killing_time_threshold_ms": "300000",
 }
 
 # Ray's own patience with a head that is gone is 60 s; then it ends this process with status 1 and

@@ -1,8 +1,9 @@
 """The embedding stage: catalog rows in, committed Parquet files of the embeddings table out.
 
 One streaming Ray Data execution: read units -> fetch, decode, tokenise (CPU tasks) -> embed
-(actors) -> write a data file (tasks); the driver commits the files as they come. What an actor
-asks Ray for is configured; Ray's autoscaler, where there is one, starts machines for it.
+(actors) -> write a data file (tasks); on CPUs actors do it all, and neither pixels nor vectors
+leave them. The driver commits the files as they come. What an actor asks Ray for is configured;
+Ray's autoscaler, where there is one, starts machines for it.
 """
 
 import logging
@@ -25,7 +26,7 @@ from jobs.diff import Diff
 from jobs.duplicates import image_vectors
 from jobs.embed_actors import Actors, piece_rows, plan_actors, watched
 from jobs.embed_steps import Embedder, EmbedTask, prepare_rows
-from jobs.embed_write import COUNTS, write_deletes, write_rows
+from jobs.embed_write import COUNTS, PieceEmbedder, write_deletes, write_rows
 from jobs.errors import JobError, StoreError
 from jobs.metrics import count_file, show_backlog
 from jobs.nodes import cluster_cpus, find_room
@@ -177,37 +178,37 @@ def _written_files(
 def _run_steps(
     task: EmbedTask, actors: Actors, todo: list[Any], work: list[dict[str, int]]
 ) -> WrittenFiles:
-    # On CPUs the same options everywhere, so that Ray fuses decoding into the actors and no pixel
-    # crosses the object store. A GPU is fed by its own tasks.
-    reading: dict[str, Any] = {"num_cpus": 1.0} if actors.gpus else actors.options
     pool, size = _pool(task, actors, work)
-    shared = min(find_room(0).cpus, max(1, cluster_cpus() // size))
-    threads = 1 if actors.gpus else task.embed.cpus_per_actor or shared
-    dataset: Dataset = (
-        ray.data.from_items(work, override_num_blocks=len(work))
-        .map_batches(
-            prepare_rows,
-            batch_size=1,
-            fn_kwargs={"task": task, "todo": todo},
-            **reading,
+    pieces: Dataset = ray.data.from_items(work, override_num_blocks=len(work))
+    if actors.gpus:
+        dataset = (
+            pieces.map_batches(
+                prepare_rows, batch_size=1, fn_kwargs={"task": task, "todo": todo}, num_cpus=1.0
+            )
+            .map_batches(
+                Embedder,
+                batch_size=task.embed.batch_size,
+                compute=pool,
+                fn_constructor_args=(task, 1),
+                fn_constructor_kwargs={"on_gpu": True},
+                **actors.options,
+            )
+            .map_batches(
+                write_rows,
+                batch_size=task.embed.rows_per_file,
+                fn_kwargs={"task": task},
+                num_cpus=SIDE_SLOTS,
+            )
         )
-        .map_batches(
-            Embedder,
-            # On CPUs fused with preparing: what is counted then are pieces of work, not rows.
-            batch_size=task.embed.batch_size if actors.gpus else None,
+    else:
+        shared = min(find_room(0).cpus, max(1, cluster_cpus() // size))
+        dataset = pieces.map_batches(
+            PieceEmbedder,
+            batch_size=1,
             compute=pool,
-            fn_constructor_args=(task, threads),
-            fn_constructor_kwargs={"on_gpu": actors.gpus > 0},
+            fn_constructor_args=(task, task.embed.cpus_per_actor or shared, todo),
             **actors.options,
         )
-        .map_batches(
-            write_rows,
-            # On CPUs a block is a piece of work, and is written as soon as it is embedded.
-            batch_size=task.embed.rows_per_file if actors.gpus else None,
-            fn_kwargs={"task": task},
-            num_cpus=SIDE_SLOTS,
-        )
-    )
     yield from dataset.iter_rows()
 
 

@@ -264,15 +264,9 @@ class Embedder:
             expected_fingerprint=task.space.encoder,
         )
 
-    def __call__(self, batch: Batch) -> Iterator[Batch]:
-        """Embed a block of rows in batches of `embed.batch_size`; see `embed`.
-
-        Ray must not be asked to divide it: it would also gather as many pieces of work as there
-        are rows in a batch, for one task of one actor.
-        """
-        size = self.task.embed.batch_size
-        for start in range(0, len(batch["rejected"]), size):
-            yield self.embed({name: batch[name][start : start + size] for name in batch})
+    def __call__(self, batch: Batch) -> Batch:
+        """Embed a batch as Ray Data gives it; see `embed`."""
+        return self.embed(batch)
 
     def embed(self, batch: Batch) -> Batch:
         """Replace `pixels` and `tokens` by one `<name>_embedding` (B, D) float32 a stored vector.

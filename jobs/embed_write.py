@@ -1,11 +1,12 @@
 """The last step of the embedding stage: rows in, Parquet files of the embeddings table out.
 
-Letters: N rows of a data file, D dimension.
+And all steps in one, as CPUs do them. Letters: N rows of a data file, D dimension.
 """
 
 import os
 import time
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
-from jobs.embed_steps import Batch, BoolArray, EmbedTask
+from jobs.embed_steps import Batch, BoolArray, Embedder, EmbedTask, prepare_rows
 from jobs.images import hash_limits
 from jobs.schemas import DELETE, EMBEDDING_FIELDS, EMBEDDINGS, PRECISIONS, REJECT, UPSERT
 from jobs.storage import storage_errors
@@ -24,6 +25,39 @@ from jobs.store import DataFile, Store
 HASHES = ("image_hash", "text_hash", "etag_hash", "image_content")
 IMAGE_COUNTS = ("images_embedded", "images_reused")
 COUNTS = (*IMAGE_COUNTS, *(f"rows_{name}" for name in PRECISIONS))
+
+
+class PieceEmbedder:
+    """All steps in an actor on CPUs: what comes and goes are pieces of work and names of files.
+
+    A process that only writes would have to import all that writing needs, on the same cores.
+    """
+
+    def __init__(self, task: EmbedTask, threads: int, todo: list[ray.ObjectRef]) -> None:
+        """Load the encoder from the store.
+
+        Args:
+            task: What to embed with.
+            threads: CPU threads of the forward pass.
+            todo: See `prepare_rows`.
+        """
+        self.task, self.todo = task, todo
+        self.embedder = Embedder(task, threads, on_gpu=False)
+
+    def __call__(self, piece: Batch) -> Iterator[pa.Table]:
+        """Embed a piece of work in batches of `embed.batch_size`, and write one data file of it.
+
+        Args:
+            piece: See `prepare_rows`.
+
+        Yields:
+            See `write_rows`; nothing where the catalog has none of the rows any more.
+        """
+        prepared = prepare_rows(piece, task=self.task, todo=self.todo)
+        batches = [self.embedder.embed(batch) for batch in prepared]
+        if batches:
+            whole = {name: np.concatenate([one[name] for one in batches]) for name in batches[0]}
+            yield write_rows(whole, task=self.task)
 
 
 def write_rows(batch: Batch, *, task: EmbedTask) -> pa.Table:

@@ -17,7 +17,7 @@ from jobs.run import Run
 
 MOST_SPANS = 4000  # some MB, and no more than a screen shows
 LEAST_GAP_S = 0.01
-ACTOR_STEPS = ("fetch", "decode", "tokenize", "embed")
+STEPS = ("fetch", "decode", "tokenize", "embed")  # before a file is written
 
 Event = dict[str, Any]
 
@@ -50,14 +50,14 @@ class Actor:
     """An embedding actor from when its encoder was loaded to its end, in seconds since 1970.
 
     Attributes:
-        prepares: Whether it fetches, decodes and tokenises, too; else tasks do that for it.
+        alone: Whether it prepares and writes, too; else tasks do that for it.
     """
 
     node: str
     pid: int
     began_at: float
     ended_at: float
-    prepares: bool
+    alone: bool
 
 
 def read_write(row: Mapping[str, Any]) -> Write:
@@ -71,7 +71,7 @@ def read_write(row: Mapping[str, Any]) -> Write:
         rows=row["rows"],
         rejected=row["rejected"],
         size_bytes=row["size_bytes"],
-        seconds={step: row[f"{step}_s"] for step in ACTOR_STEPS},
+        seconds={step: row[f"{step}_s"] for step in STEPS},
     )
 
 
@@ -86,7 +86,7 @@ def read_actors(run: Run) -> list[Actor]:
                 pid=one["Pid"],
                 began_at=one["StartTime"] / 1e3,
                 ended_at=one["EndTime"] / 1e3 or now,
-                prepares="prepare_rows" in one["ActorClassName"],
+                alone="PieceEmbedder" in one["ActorClassName"],
             )
             for one in state.actors().values()
             if one["JobID"] == job
@@ -158,7 +158,7 @@ def describe_embedding(
         processes do.
     """
     actor_s = sum(one.ended_at - one.began_at for one in actors)
-    inside = ACTOR_STEPS if any(one.prepares for one in actors) else ("embed",)
+    inside = (*STEPS, "write") if any(one.alone for one in actors) else ("embed",)
     named = {key.removesuffix("_s"): value for key, value in seconds.items()}
     shares = {name: value / actor_s for name, value in named.items() if name in inside and actor_s}
     return {

@@ -64,7 +64,7 @@ class Node:
         ours = {
             MARK: self._mark,
             "TMPDIR": str(folder),
-            "RAY_idle_worker_killing_time_threshold_ms": "30000",
+            "RAY_idle_worker_killing_time_threshold_ms": "300000",
         }
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(

@@ -23,7 +23,7 @@ from jobs.diff import make_todo
 from jobs.duplicates import BatchImages, ImageVectors, SharedVectors, image_vectors
 from jobs.embed_images import load_pixels
 from jobs.embed_steps import Embedder, EmbedTask, prepare_rows
-from jobs.embed_write import write_rows
+from jobs.embed_write import PieceEmbedder, write_rows
 from jobs.images import ImagesConfig
 from jobs.inputs import add_encoder
 from jobs.items import scan_unit
@@ -120,20 +120,12 @@ def embed_all(task, after_first=lambda: None):
     todo = [ray.put(plan_all(task))]
     count = task.catalog.rows
     work = [{"group": 0, "start": n, "stop": min(n + PIECE, count)} for n in range(0, count, PIECE)]
-    dataset = (
-        ray.data.from_items(work, override_num_blocks=len(work))
-        .map_batches(
-            prepare_rows, batch_size=1, fn_kwargs={"task": task, "todo": todo}, num_cpus=0.75
-        )
-        .map_batches(
-            Embedder,
-            batch_size=None,
-            compute=ActorPoolStrategy(size=2),
-            fn_constructor_args=(task, 1),
-            fn_constructor_kwargs={"on_gpu": False},
-            num_cpus=0.75,
-        )
-        .map_batches(write_rows, batch_size=None, fn_kwargs={"task": task}, num_cpus=0.25)
+    dataset = ray.data.from_items(work, override_num_blocks=len(work)).map_batches(
+        PieceEmbedder,
+        batch_size=1,
+        compute=ActorPoolStrategy(size=2),
+        fn_constructor_args=(task, 1, todo),
+        num_cpus=0.75,
     )
     files = []
     for file in dataset.iter_rows():

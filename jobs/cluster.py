@@ -106,6 +106,8 @@ def connect(config: RayConfig) -> None:
         if type(error) is not Exception and not isinstance(error, CANNOT_START):
             raise
         raise JobError(f"{failed}: {one_line(error)}; {GOES_ON}") from error
+    if config.address is None:  # its monitor is an autoscaler's, and a second's wait at the end
+        ray_worker._global_node.kill_monitor(check_alive=False)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from jobs.buckets import Records, sort_records
 from jobs.diff import Diff
 from jobs.duplicates import image_vectors
-from jobs.embed_actors import Actors, piece_rows, plan_actors, watched
+from jobs.embed_actors import SIDE_SLOTS, Actors, piece_rows, plan_actors, watched
 from jobs.embed_steps import Embedder, EmbedTask, prepare_rows
 from jobs.embed_write import COUNTS, PieceEmbedder, write_deletes, write_rows
 from jobs.errors import JobError, StoreError
@@ -34,8 +34,8 @@ from jobs.store import DataFile
 from jobs.tasks import gather, ray_errors
 from jobs.trace import MOST_SPANS, Write, merge_writes, read_write
 
-SIDE_SLOTS = 0.25  # of the tasks that must find room beside the actors of a small machine
 MAX_PIECES = 20_000
+BLOCK_BYTES = 32 * 2**20
 
 WrittenFiles = Generator[dict[str, Any], None, None]
 
@@ -163,7 +163,7 @@ def _written_files(
     task: EmbedTask, actors: Actors, todo: list[Any], work: list[dict[str, int]]
 ) -> WrittenFiles:
     """Run the pipeline over pieces of work; yield one small row a written data file."""
-    _set_data_context()
+    _set_data_context(BLOCK_BYTES if actors.gpus else 1)  # on CPUs a block is a file's name
     task.store.embeddings()  # made if there is none: data files lie in its folder
     rows = task.embed.duplicate_cache_rows if task.shares_images else 0
     with (
@@ -259,12 +259,12 @@ def _write_deletes(task: EmbedTask, vector_ids: npt.NDArray[np.int64]) -> DataFi
     return write_deletes(task.store, vector_ids, task) if len(vector_ids) else DataFile("", 0, 0)
 
 
-def _set_data_context() -> None:
+def _set_data_context(block_bytes: int) -> None:
     # Here: its import sets the level anew. What goes wrong reaches us as exceptions.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = DataContext.get_current()
     for name, value in (
-        ("target_max_block_size", 32 * 2**20),
+        ("target_max_block_size", block_bytes),
         ("max_errored_blocks", 0),  # bad rows are ours to keep, Ray would drop whole blocks
         ("raise_original_map_exception", True),  # the wrapped one does not outlive its pickling
         ("enable_progress_bars", False),

@@ -5,6 +5,7 @@ are what it starts machines for.
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,8 @@ from jobs.config import EmbedConfig
 from jobs.errors import ConfigError
 from jobs.nodes import cluster_cpus, cluster_gpus, dead_nodes, live_nodes
 
-CPU_ACTOR_SLOTS = 0.75
+SIDE_SLOTS = 0.25  # CPUs of a task that must find room beside the actors of a machine
+RAY_UNITS = 10_000  # of a CPU: Ray counts no finer
 CPU_ROWS = 256  # some seconds: what a killed job loses beside the commit interval
 LEAST_ROWS = 16  # of a piece of work: fewer would cost more in files than in waiting
 GUIDE = 2  # Ray hands each actor two pieces ahead
@@ -36,9 +38,10 @@ class Actors:
     """What each embedding actor asks Ray for, and how many there are to begin with.
 
     Attributes:
-        gpus: 0: it decodes and embeds on CPUs; else tasks of their own decode for it.
+        gpus: 0: it decodes, embeds and writes on CPUs; else tasks of their own decode and write.
         cpus: 0: none beside the GPU.
         memory_mb: 0: none is asked for.
+        share: Without a GPU, the part of `cpus` that is asked for.
         count: How many.
         fixed: Whether there are never more; else as many as find room while the stage runs.
     """
@@ -46,14 +49,14 @@ class Actors:
     gpus: float
     cpus: int
     memory_mb: int
+    share: float = 1.0
     count: int = 1
     fixed: bool = True
 
     @property
     def options(self) -> dict[str, float]:
         """Ray's options of one actor."""
-        # On CPUs 0.75 leaves the writing tasks room.
-        cpus = self.cpus if self.gpus else CPU_ACTOR_SLOTS * self.cpus
+        cpus = self.cpus if self.gpus else self.share * self.cpus
         asked = {"num_gpus": self.gpus, "num_cpus": cpus, "memory": self.memory_mb * MIB}
         return {name: value for name, value in asked.items() if value}
 
@@ -97,7 +100,20 @@ def plan_actors(embed: EmbedConfig) -> Actors:
     if local and not room:
         raise ConfigError(f"an embedding actor asks for {one} (embed.*_per_actor); {_machines()}")
     count = min(embed.actors, room) if local and embed.actors else embed.actors or max(1, room)
-    return replace(one, count=count, fixed=local or embed.actors > 0)
+    most = max((node["Resources"].get("CPU", 0) for node in live_nodes()), default=0)
+    return replace(one, share=actor_share(most), count=count, fixed=local or embed.actors > 0)
+
+
+def actor_share(cpus: float) -> float:
+    """Return the part of its CPUs that an actor asks for, so that one more doesn't find room.
+
+    What is left on the largest machine is for the tasks of `SIDE_SLOTS`: rows to embed that were
+    lost with another machine are made anew while actors wait for them.
+
+    Args:
+        cpus: Of the largest machine; 0: none is there yet.
+    """
+    return math.floor(RAY_UNITS * (1 - SIDE_SLOTS / max(1.0, cpus))) / RAY_UNITS
 
 
 def is_local() -> bool:

@@ -6,7 +6,7 @@ And all steps in one, as CPUs do them. Letters: N rows of a data file, D dimensi
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -45,19 +45,40 @@ class PieceEmbedder:
         self.embedder = Embedder(task, threads, on_gpu=False)
 
     def __call__(self, piece: Batch) -> Iterator[pa.Table]:
-        """Embed a piece of work in batches of `embed.batch_size`, and write one data file of it.
+        """Embed a piece of work in batches of `embed.batch_size`, and write what comes of it.
 
         Args:
             piece: See `prepare_rows`.
 
         Yields:
-            See `write_rows`; nothing where the catalog has none of the rows any more.
+            See `write_rows`, for each data file of at most `embed.rows_per_file` rows; nothing
+            where the catalog has none of the rows any more.
         """
         prepared = prepare_rows(piece, task=self.task, todo=self.todo)
-        batches = [self.embedder.embed(batch) for batch in prepared]
-        if batches:
-            whole = {name: np.concatenate([one[name] for one in batches]) for name in batches[0]}
-            yield write_rows(whole, task=self.task)
+        embedded = (self.embedder.embed(batch) for batch in prepared)
+        for rows in gather_rows(embedded, self.task.embed.rows_per_file):
+            yield write_rows(rows, task=self.task)
+
+
+def gather_rows(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
+    """Yield the rows of batches of equal columns in batches of `most`; the last may have fewer."""
+    held: list[Batch] = []
+    room = most
+    for batch in batches:
+        start, rows = 0, len(batch["vector_id"])
+        while start < rows:
+            stop = min(rows, start + room)
+            held.append({name: column[start:stop] for name, column in batch.items()})
+            start, room = stop, room - (stop - start)
+            if room == 0:
+                yield _join(held)
+                held, room = [], most
+    if held:
+        yield _join(held)
+
+
+def _join(batches: list[Batch]) -> Batch:
+    return {name: np.concatenate([one[name] for one in batches]) for name in batches[0]}
 
 
 def write_rows(batch: Batch, *, task: EmbedTask) -> pa.Table:
@@ -107,8 +128,8 @@ def write_rows(batch: Batch, *, task: EmbedTask) -> pa.Table:
         "size_bytes": [file.size_bytes],
         "rows": [rows],
         "rejected": [int(bad.sum())],
-        "reason_names": [names.tolist()],
-        "reason_counts": [counts.tolist()],
+        "reason_names": pa.array([names.tolist()], pa.list_(pa.string())),
+        "reason_counts": pa.array([counts.tolist()], pa.list_(pa.int64())),
         **{f"rows_{name}": [int((~bad & (precision == name)).sum())] for name in PRECISIONS},
         "began_at": [began_at],
         "write_s": [time.monotonic() - started],

@@ -1,6 +1,7 @@
 """What decoding for the encoder may cost, and which rows can be live."""
 
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from encoders.fusion import FusionSpec
 from encoders.preprocess import preprocess_image
 from encoders.spec import EncoderSpec, PreprocessSpec
 from jobs.embed_steps import judge_row, load_pixels
+from jobs.embed_write import gather_rows
 from jobs.images import ImageRejected, ImagesConfig, RejectReason, decode_image
 from jobs.space import VectorSpace
 
@@ -83,3 +85,22 @@ def test_recipe_names_what_is_stored_and_required_alone():
     assert make_space("text", "image", "multimodal").recipe == recipe
     others = [("image",), ("text",), ("multimodal",), ("image", "multimodal")]
     assert len({make_space(*fields).recipe for fields in others} | {recipe}) == 5
+
+
+@pytest.mark.parametrize("most", [1, 4, 7, 18, 50])
+def test_batches_become_files_of_so_many_rows(most):
+    ends = [0, 3, 3, 8, 9, 18]
+    batches = [
+        {
+            "vector_id": np.arange(*part),
+            "reject_reason": np.array([""] * (part[1] - part[0]), object),
+        }
+        for part in itertools.pairwise(ends)
+    ]
+    found = list(gather_rows(batches, most))
+    sizes = [len(batch["vector_id"]) for batch in found]
+    assert set(sizes[:-1]) <= {most}
+    assert 0 < sizes[-1] <= most
+    assert np.concatenate([batch["vector_id"] for batch in found]).tolist() == list(range(18))
+    assert all(len(batch["reject_reason"]) == n for batch, n in zip(found, sizes, strict=True))
+    assert list(gather_rows([], most)) == []

@@ -15,6 +15,7 @@ from jobs.cli_demo import app as demo_commands
 from jobs.cli_options import (
     ConfigOption,
     JsonOption,
+    PublishOption,
     QuietOption,
     ReleaseOption,
     SetOption,
@@ -65,6 +66,7 @@ def refresh(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and change nothing.")
     ] = False,
+    publish: PublishOption = True,
     overrides: SetOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -80,7 +82,7 @@ def refresh(
         print_json(asdict(preview)) if as_json else print_preview(preview)
         return
     with Progress(quiet=quiet) as progress:
-        result = run(job, progress)
+        result = run(job, progress, publish=publish)
     print_json(asdict(result)) if as_json else print_result(result)
 
 
@@ -172,7 +174,7 @@ def evaluate(
     release: ReleaseOption = None,
     candidate: Annotated[
         str | None,
-        typer.Option("--candidate", help="What `reindex --no-publish` built; it prints the name."),
+        typer.Option("--candidate", help="What `--no-publish` built; it prints the name."),
     ] = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,

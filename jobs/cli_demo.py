@@ -20,8 +20,8 @@ def demo(
         str | None,
         typer.Option(
             "--compare",
-            help="Beside it: a release's version, or a candidate that `reindex --no-publish` "
-            "built; it prints the name.",
+            help="Beside it: a release's version, or a candidate that `--no-publish` built; it "
+            "prints the name.",
         ),
     ] = None,
     host: Annotated[

@@ -59,6 +59,10 @@ SetOption = Annotated[
 ReleaseOption = Annotated[
     int | None, typer.Option("--release", help="A release's version; else the newest.")
 ]
+PublishOption = Annotated[
+    bool,
+    typer.Option("--publish/--no-publish", help="Or leave it for `evaluate` and `demo` to open."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 

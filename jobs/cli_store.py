@@ -13,6 +13,7 @@ from rich.filesize import decimal
 from jobs.cli_options import (
     ConfigOption,
     JsonOption,
+    PublishOption,
     QuietOption,
     ReleaseOption,
     SetOption,
@@ -35,9 +36,7 @@ app = typer.Typer()
 )
 def reindex(
     config: ConfigOption,
-    publish: Annotated[
-        bool, typer.Option("--publish/--no-publish", help="Or leave it for `evaluate --candidate`.")
-    ] = True,
+    publish: PublishOption = True,
     overrides: SetOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

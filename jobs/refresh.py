@@ -1,5 +1,7 @@
 """The `refresh` command: embed what changed, update the indexes, publish if quality holds."""
 
+from functools import partial
+
 from jobs.cluster import ray_session
 from jobs.config import JobConfig
 from jobs.inputs import made_encoder, open_catalog, read_fusion
@@ -19,12 +21,14 @@ from jobs.space import resolve_fields
 from jobs.store import Store
 
 
-def refresh(config: JobConfig, progress: Progress) -> RunResult:
+def refresh(config: JobConfig, progress: Progress, *, publish: bool = True) -> RunResult:
     """Embed what changed in the catalog, update or build every index, publish if quality holds.
 
     Args:
         config: The job.
         progress: Shows what happens.
+        publish: Whether to publish; else the release is left as a candidate. What was embedded
+            stays: the next refresh publishes it without embedding it again.
 
     Returns:
         What was done; `published` is false where the newest release already shows the catalog.
@@ -38,7 +42,8 @@ def refresh(config: JobConfig, progress: Progress) -> RunResult:
         inputs = open_inputs(config, run)
         check_same_encoder(run, inputs.space)
         with ray_session(config.ray), run.counted():
-            return on_machines(run, inputs, lambda: refresh_catalog(run, inputs))
+            work = partial(refresh_catalog, run, inputs, publish=publish)
+            return on_machines(run, inputs, work)
 
 
 def preview_refresh(config: JobConfig, progress: Progress) -> Preview:

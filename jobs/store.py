@@ -320,8 +320,8 @@ class Store:
             raise
         except (TypeError, StoreError) as error:
             raise StoreError(
-                f"store {self.root} has no candidate {run!r}: `vitrine reindex --no-publish` "
-                "makes one and prints its name"
+                f"store {self.root} has no candidate {run!r}: `vitrine refresh` or `reindex` "
+                "with --no-publish makes one and prints its name"
             ) from error
 
     def publish(self, release: Release) -> None:

@@ -18,6 +18,9 @@ from page_checks import check_page
 from PIL import Image
 
 from encoders.checkpoint import load_encoder
+from jobs.config_file import read_config
+from jobs.demo import DemoOptions, _open_releases
+from jobs.progress import Progress
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -498,6 +501,42 @@ def test_no_usable_row_publishes_nothing(tmp_path, call_vitrine, failed_line):
     job = write_job(tmp_path / "job.yaml", tmp_path / "store", tmp_path / "c.parquet")
     line = failed_line(call_vitrine("refresh", "--config", job, "--quiet", *NO_GATE))
     assert "no row is live" in line
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_tonights_release_is_seen_before_it_is_published(tmp_path, sample_catalog, call_vitrine):
+    catalog = tmp_path / "catalog"
+    shutil.copytree(sample_catalog, catalog)
+    path = write_job(tmp_path / "job.yaml", tmp_path / "store", catalog / "catalog.parquet")
+
+    def refresh(*options):
+        done = call_vitrine("refresh", "--config", path, "--json", "--quiet", *options)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    refresh()
+    table = pq.read_table(catalog / "catalog.parquet")
+    first, gone, *rest = table.to_pylist()
+    changed = [first | {"title": "A title of tonight"}, *rest]
+    pq.write_table(pa.Table.from_pylist(changed, table.schema), catalog / "catalog.parquet")
+    candidate = refresh("--no-publish")
+    assert (candidate["release"], candidate["published"]) == (1, False)
+    assert (candidate["changed"], candidate["removed"], candidate["embedded"]) == (1, 1, 1)
+
+    config = read_config(path)
+    options = DemoOptions(compare=candidate["candidate"])
+    newest, tonight = _open_releases(config, options, Progress(quiet=True))
+    assert newest.searcher.encoder is tonight.searcher.encoder
+    shown = []
+    for one in (newest, tonight):
+        found = one.searcher.search(text="a mug", k=100)
+        shown.append({result.product_id: result.metadata["title"] for result in found})
+    assert shown[0].pop(gone["product_id"]) == gone["title"]
+    assert shown[1] == shown[0] | {first["product_id"]: "A title of tonight"}
+
+    published = refresh()
+    assert (published["release"], published["published"]) == (2, True)
+    assert (published["embedded"], published["live"]) == (0, candidate["live"])
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -22,6 +22,8 @@ import numpy.typing as npt
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
+from jobs.nodes import side_cpus
+
 BoolArray = npt.NDArray[np.bool_]
 Float16Array = npt.NDArray[np.float16]
 Int64Array = npt.NDArray[np.int64]
@@ -158,11 +160,15 @@ def image_vectors(rows: int, dim: int, *, claim_s: float = CLAIM_S) -> Iterator[
     if rows == 0:
         yield None
         return
-    restarts = {"max_restarts": -1, "max_task_retries": -1}
-    actor_class = ray.remote(num_cpus=0, max_concurrency=MAX_CALLS, **restarts)(ImageVectors)
-    actor = actor_class.remote(rows, dim, claim_s)
-    yield actor
-    ray.kill(actor)  # after a fault Ray itself ends it: the cluster may be gone
+    actor = ray.remote(ImageVectors).options(
+        num_cpus=side_cpus(),
+        max_concurrency=MAX_CALLS,
+        max_restarts=-1,
+        max_task_retries=-1,
+    )
+    handle = actor.remote(rows, dim, claim_s)
+    yield handle
+    ray.kill(handle)  # after a fault Ray itself ends it: the cluster may be gone
 
 
 class SharedVectors:

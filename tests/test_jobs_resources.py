@@ -22,6 +22,7 @@ from jobs import embed, embed_actors
 from jobs.cluster import HEAD_ENVIRONMENT, WORKER_ENVIRONMENT, connect, ray_session
 from jobs.config import EmbedConfig, JobConfig, RayConfig
 from jobs.diff import compare_with_store, read_retry
+from jobs.duplicates import image_vectors
 from jobs.embed import embed_rows
 from jobs.embed_actors import (
     SIDE_SLOTS,
@@ -218,6 +219,15 @@ def test_no_pixel_crosses_the_store_on_cpus(no_ray, large_towers, tmp_path):
             plan_actors(EmbedConfig(memory_mb_per_actor=99_000_000))
     assert len(committed_rows(task.store)) == 500
     assert traffic.created < 500 * PIXELS / 20
+
+
+def test_shared_vectors_do_not_lie_on_a_head_that_takes_no_work(no_ray):
+    def find_node(actor):
+        return ray.get_runtime_context().get_node_id()
+
+    with small_cluster() as (cluster, _), image_vectors(10, 4) as vectors:
+        found = ray.get(vectors.__ray_call__.remote(find_node))
+        assert found != cluster.head_node.node_id
 
 
 def test_files_and_what_a_kill_costs_stay_small_where_pieces_are_large(

@@ -37,8 +37,9 @@ bench-refresh: .venv/installed  ## Measure a nightly refresh beside the first bu
 	$(BIN)/python benchmarks/refresh.py churn
 	$(BIN)/python benchmarks/refresh.py memory
 
-bench-embed: .venv/installed  ## Measure embedding beside its parts and a hand-written loop: twenty minutes.
-	$(BIN)/python benchmarks/embed.py --json benchmarks/results/embed/vit-b-32.json
+bench-embed: .venv/installed  ## Measure embedding beside its parts, a hand-written loop and clip-retrieval: twenty minutes.
+	$(BIN)/python benchmarks/embed.py --batches 64 --precisions bf16 --workers 2 --sides 512 1024 2048 --contenders forward decode loader stage clip-retrieval --json benchmarks/results/embed/vit-b-32.json
+	$(BIN)/python benchmarks/embed.py --contenders forward loader stage --repeats 1 --json benchmarks/results/embed/batches.json
 
 bench-index: .venv/installed  ## Measure indexes beside plain FAISS and autofaiss: an hour.
 	$(BIN)/python benchmarks/index.py compare mnist --json benchmarks/results/index/mnist.json

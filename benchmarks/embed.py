@@ -128,7 +128,12 @@ def make_points(arguments: argparse.Namespace) -> list[Figures]:
         ],
         "stage": [point("stage", shared)],
         "clip-retrieval": [
-            point("clip-retrieval", f"workers {threads}, {shared}", processes=threads)
+            # It has no other precision on CPUs.
+            point(
+                "clip-retrieval",
+                f"workers {threads}, batch {arguments.batch}, fp32",
+                processes=threads,
+            )
         ],
     }
     return [one for name in arguments.contenders for one in points[name]]

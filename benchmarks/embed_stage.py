@@ -83,7 +83,7 @@ def read_figures(run: Path, processes: Processes) -> Figures:
             if name.startswith("embed: ")
         },
         "stages_s": {name: s for name, s in stages.items() if not name.startswith("embed: ")},
-        "object_store_mib": processes.shared_mib["raylet"],
+        "object_store_mib": processes.shared_mib,
         **describe(processes),
     }
 

@@ -39,8 +39,8 @@ class Processes:
 
     Attributes:
         own_mib: The most MiB of a process's own pages (RssAnon) under each name that it had.
-        shared_mib: The most MiB of memory that a process shares (RssShmem) under each name: of a
-            raylet, what the object store has held.
+        shared_mib: The most MiB more in `/dev/shm` than before: what Ray's object store has had
+            pages for. It gives none back, so that all is seen that was ever written at once.
         peaks: The most MiB of each process, by its number.
         together_mib: The most MiB of all processes' own pages at once; pages that a forked
             process shares with its parent count twice.
@@ -51,7 +51,7 @@ class Processes:
     def __init__(self, interval_s: float = WATCH_S) -> None:
         """Look so often, in seconds."""
         self.own_mib: dict[str, float] = {}
-        self.shared_mib: dict[str, float] = {}
+        self.shared_mib = 0.0
         self.peaks: dict[int, Peak] = {}
         self.together_mib = 0.0
         self.first_seen: dict[str, float] = {}
@@ -85,6 +85,7 @@ class Processes:
         return float(np.diff(np.interp([start, stop], times, spent))[0])
 
     def _watch(self, root: int | None) -> None:
+        before_mib = _read_shared_mib()
         while not self._over.wait(self._interval_s):
             found = _descendants(root or os.getpid())
             if root is not None:
@@ -94,6 +95,7 @@ class Processes:
                 self._cpu_s[number] = max(cpu_s, self._cpu_s.get(number, 0.0))
                 together += self._look(number, now)
             self.together_mib = max(self.together_mib, together)
+            self.shared_mib = max(self.shared_mib, _read_shared_mib() - before_mib)
             self._times.append((now, sum(self._cpu_s.values())))
             self.watching_s = time.thread_time()
 
@@ -108,11 +110,9 @@ class Processes:
         kib = {
             line.split()[0]: int(line.split()[1]) for line in status.splitlines() if "kB" in line
         }
-        keys = ("RssAnon:", "RssShmem:", "VmHWM:")
-        own_mib, shared_mib, highest_mib = (kib.get(key, 0) / 1024 for key in keys)
+        own_mib, highest_mib = (kib.get(key, 0) / 1024 for key in ("RssAnon:", "VmHWM:"))
         self.first_seen.setdefault(name, now)
         self.own_mib[name] = max(self.own_mib.get(name, 0.0), own_mib)
-        self.shared_mib[name] = max(self.shared_mib.get(name, 0.0), shared_mib)
         before = self.peaks.get(number)
         kept = before.name if before and name in ("", "ray::IDLE") else name
         self.peaks[number] = Peak(name=kept, mib=max(highest_mib, before.mib if before else 0.0))
@@ -128,6 +128,11 @@ def _name(words: list[bytes]) -> str:
     scripts = [Path(text).name for text in texts[1:] if text.endswith(".py")]
     modules = [after for flag, after in pairwise(texts) if flag == "-m"]
     return " ".join([program, *(scripts or modules)[:1]])
+
+
+def _read_shared_mib() -> float:
+    shared = os.statvfs("/dev/shm")
+    return (shared.f_blocks - shared.f_bfree) * shared.f_frsize / 2**20
 
 
 def _read_cpu(number: int) -> float:

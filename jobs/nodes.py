@@ -14,7 +14,7 @@ def live_nodes() -> list[dict[str, Any]]:
 
 
 def side_cpus() -> float:
-    """Return the CPUs that an actor asks for that hardly computes: none, if all machines offer some.
+    """Return the CPUs that an actor asks for that hardly computes: none if all machines have some.
 
     Else hardly any. Ray would put it on a head, too, that offers none so that it takes no work.
     """

@@ -1,13 +1,14 @@
-"""The page in a real browser: headless Chromium against the real command."""
+"""The page in a real browser: headless Chromium against the real command; and the reports."""
 
 import base64
 import json
+import re
 import shutil
 from contextlib import ExitStack
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from demo_shop import CHANGED, MAX_BYTES, PRODUCTS
+from demo_shop import CHANGED, MAX_BYTES, PRODUCTS, QUIET
 from PIL import Image
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
@@ -15,6 +16,10 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.ui import WebDriverWait
+
+from jobs.config_file import read_config
+from jobs.evaluate import evaluate
+from jobs.train import train
 
 KEPT = PRODUCTS - CHANGED
 PACKAGES = {"chromium": "chromium", "chromedriver": "chromium-driver"}
@@ -43,6 +48,7 @@ for (const e of document.querySelectorAll("body *")) {
 }
 return low;
 """
+WIDTHS = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
 PRODUCTS_SHOWN = """
 return [...document.querySelectorAll("#results ol")].map(
   (list) => [...list.querySelectorAll("article")].map((one) => one.dataset.product));
@@ -439,8 +445,7 @@ def test_a_narrow_page_needs_no_sideways_scrolling(page, request, demo_shop):
     found.say("a lamp with a very-long-word-that-nobody-would-ever-write-in-a-search-for-products")
     found.all("summary")[0].click()
     assert found.products()
-    width = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
-    needed, there = found.driver.execute_script(width)
+    needed, there = found.driver.execute_script(WIDTHS)
     assert needed <= there <= 360
     for one in found.all("main *"):
         if one.is_displayed():
@@ -481,3 +486,31 @@ def test_a_server_that_is_gone_is_told(driver, demo_shop):
         running.wait()
         said = browser.say("mug")
         assert said == "The server doesn't answer. Is vitrine demo still running?"
+
+
+@pytest.fixture(scope="module")
+def reports(demo_shop, tmp_path_factory):
+    """A report of each kind, by its command."""
+    queries = f"evaluate.queries={demo_shop.catalog / 'queries.parquet'}"
+    evaluate(read_config(demo_shop.config, [queries]), QUIET)
+    few = read_config(demo_shop.folder / "start.yaml", ["train.steps=4", "train.validate_every=2"])
+    train(few, tmp_path_factory.mktemp("trained") / "encoder", QUIET)
+    runs = sorted((demo_shop.folder / "store" / "runs").glob("*/log.jsonl"))
+    commands = {json.loads(log.read_text().partition("\n")[0])["command"]: log for log in runs}
+    assert set(commands) == {"refresh", "reindex", "evaluate", "train"}
+    return [log.with_name("report.html") for log in commands.values()]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_reports_can_be_read_in_either_scheme_and_on_a_phone(driver, reports, scheme):
+    for report in reports:
+        found = Browser(driver, report.as_uri())
+        found.emulate(width=1280, scheme=scheme)
+        driver.get(found.address)
+        assert driver.execute_script(CONTRAST, LEAST_CONTRAST) == [], report
+        ground = driver.find_element(By.TAG_NAME, "body").value_of_css_property("background-color")
+        is_dark = sum(map(int, re.findall(r"\d+", ground)[:3])) < 3 * 128
+        assert is_dark == (scheme == "dark"), report
+        found.emulate(width=360)
+        needed, there = driver.execute_script(WIDTHS)
+        assert needed <= there <= 360, report

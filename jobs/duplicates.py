@@ -22,7 +22,7 @@ import numpy.typing as npt
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from jobs.nodes import side_cpus
+from jobs.nodes import on_workers
 
 BoolArray = npt.NDArray[np.bool_]
 Float16Array = npt.NDArray[np.float16]
@@ -161,7 +161,8 @@ def image_vectors(rows: int, dim: int, *, claim_s: float = CLAIM_S) -> Iterator[
         yield None
         return
     actor = ray.remote(ImageVectors).options(
-        num_cpus=side_cpus(),
+        num_cpus=0,
+        label_selector=on_workers(),
         max_concurrency=MAX_CALLS,
         max_restarts=-1,
         max_task_retries=-1,

@@ -163,12 +163,13 @@ def _written_files(
     task: EmbedTask, actors: Actors, todo: list[Any], work: list[dict[str, int]]
 ) -> WrittenFiles:
     """Run the pipeline over pieces of work; yield one small row a written data file."""
-    _set_data_context(BLOCK_BYTES if actors.gpus else 1)  # on CPUs a block is a file's name
     task.store.embeddings()  # made if there is none: data files lie in its folder
     rows = task.embed.duplicate_cache_rows if task.shares_images else 0
     with (
         image_vectors(rows, task.space.dim) as handle,
         watched(actors, Embedder.__name__) as get_on,
+        # On CPUs a block is a file's name, and goes to the driver as soon as it is there.
+        DataContext.current(_data_context(BLOCK_BYTES if actors.gpus else 1)),
     ):
         for row in _run_steps(replace(task, image_vectors=handle), actors, todo, work):
             get_on()
@@ -259,10 +260,11 @@ def _write_deletes(task: EmbedTask, vector_ids: npt.NDArray[np.int64]) -> DataFi
     return write_deletes(task.store, vector_ids, task) if len(vector_ids) else DataFile("", 0, 0)
 
 
-def _set_data_context(block_bytes: int) -> None:
+def _data_context(block_bytes: int) -> DataContext:
+    """Return Ray Data's settings for the stage alone: this process may have uses of its own."""
     # Here: its import sets the level anew. What goes wrong reaches us as exceptions.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    context = DataContext.get_current()
+    context = DataContext.get_current().copy()
     for name, value in (
         ("target_max_block_size", block_bytes),
         ("max_errored_blocks", 0),  # bad rows are ours to keep, Ray would drop whole blocks
@@ -274,3 +276,4 @@ def _set_data_context(block_bytes: int) -> None:
         if not hasattr(context, name):
             raise JobError(f"this version of Ray ({ray.__version__}) has no DataContext.{name}")
         setattr(context, name, value)
+    return context

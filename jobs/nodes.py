@@ -13,12 +13,14 @@ def live_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in drained]
 
 
-def side_cpus() -> float:
-    """Return the CPUs that an actor asks for that hardly computes: none if all machines have some.
+def on_workers() -> dict[str, str]:
+    """Return Ray's label selector for what asks for no CPU: machines that offer some.
 
-    Else hardly any. Ray would put it on a head, too, that offers none so that it takes no work.
+    Else Ray would put it on a head, too, that offers none so that it takes no work. A little CPU
+    asked for would keep tasks waiting that take all of a machine.
     """
-    return 0.01 if any(not node["Resources"].get("CPU", 0) for node in live_nodes()) else 0.0
+    others = [node["NodeID"] for node in live_nodes() if not node["Resources"].get("CPU", 0)]
+    return {"ray.io/node-id": f"!in({','.join(others)})"} if others else {}
 
 
 def dead_nodes() -> set[str]:

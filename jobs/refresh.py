@@ -1,7 +1,5 @@
 """The `refresh` command: embed what changed, update the indexes, publish if quality holds."""
 
-from functools import partial
-
 from jobs.cluster import ray_session
 from jobs.config import JobConfig
 from jobs.inputs import made_encoder, open_catalog, read_fusion
@@ -42,8 +40,7 @@ def refresh(config: JobConfig, progress: Progress, *, publish: bool = True) -> R
         inputs = open_inputs(config, run)
         check_same_encoder(run, inputs.space)
         with ray_session(config.ray), run.counted():
-            work = partial(refresh_catalog, run, inputs, publish=publish)
-            return on_machines(run, inputs, work)
+            return on_machines(run, inputs, lambda: refresh_catalog(run, inputs, publish=publish))
 
 
 def preview_refresh(config: JobConfig, progress: Progress) -> Preview:

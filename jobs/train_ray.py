@@ -21,7 +21,7 @@ from ray.util.queue import Queue
 from jobs.config import JobConfig, TrainConfig
 from jobs.errors import ConfigError, JobError
 from jobs.images import ImagesConfig
-from jobs.nodes import cluster_cpus, cluster_gpus
+from jobs.nodes import cluster_cpus, cluster_gpus, on_workers
 from jobs.progress import Count, Progress
 from jobs.run import Run
 from jobs.store import Store, scratch_folder
@@ -81,7 +81,7 @@ def fit(
         found = f"{gpus} GPUs" if gpus else f"{cpus} CPUs"
         raise ConfigError(f"train.workers is {workers}, this machine has {found}")
     threads = max(1, cpus // workers)
-    steps = Queue(actor_options={"num_cpus": 0})
+    steps = Queue(actor_options={"num_cpus": 0, "label_selector": on_workers()})
     place = (start_folder(name), start)
     task = _WorkerTask(section, config.images, run.store, place, gpus > 0, threads, steps)
     path, filesystem = _storage(run.store)

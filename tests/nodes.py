@@ -111,10 +111,11 @@ class Cluster:
         environment: In which a process may use the cluster.
         dashboard: Address that jobs are submitted to.
         workers: Those that were not killed yet.
+        commands: Processes that use it.
     """
 
     def __init__(self, folder, environment):
-        self.workers, self.port, self.dashboard_port = [], *free_ports(2)
+        self.workers, self.commands, self.port, self.dashboard_port = [], [], *free_ports(2)
         self.address = f"127.0.0.1:{self.port}"
         self.dashboard = f"http://127.0.0.1:{self.dashboard_port}"
         # A token of its own: where the user has one, Ray takes it for a cluster's.
@@ -158,6 +159,22 @@ class Cluster:
         ours = self.environment | (environment or {})
         del ours["RAY_ADDRESS"]  # `ray start` refuses it
         return Node(folder, host, arguments, ours, hidden)
+
+    def run(self, command, cwd):
+        """Start a command that uses the cluster; return its process."""
+        process = subprocess.Popen(
+            command, cwd=cwd, env=os.environ | self.environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        self.commands.append(process)
+        return process
+
+    def end_commands(self):
+        """Kill the commands that still run."""
+        for process in self.commands:
+            process.kill()
+            process.communicate()
+        self.commands.clear()
 
     def kill(self, node):
         """Kill a worker."""

@@ -233,9 +233,8 @@ def test_waiting_is_said_once_and_ends(store, calm, caplog, tmp_path, monkeypatc
     try:
         started = time.monotonic()
         monkeypatch.setenv(PATIENCE_VARIABLE, "4")
-        monkeypatch.setattr(
-            "jobs.storage.SILENT_S", 0.3
-        )  # else chance decides if one waits so long
+        # Waits are jittered: else chance decides whether one is long enough to be told.
+        monkeypatch.setattr("jobs.storage.SILENT_S", 0.3)
         with pytest.raises(StorageError, match="did not answer for 4 s"):
             store.read_json("here.json")
         assert time.monotonic() - started < 30

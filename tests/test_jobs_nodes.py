@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -134,6 +133,13 @@ def cluster(server, hidden):
         yield cluster
 
 
+@pytest.fixture(autouse=True)
+def no_command_left(cluster):
+    """A run that did not end in time would meddle with the next test's machines."""
+    yield
+    cluster.end_commands()
+
+
 def command_line(config, store, *more):
     return [
         sys.executable, "-m", "jobs", "refresh", "-c", str(config), "--quiet", "--json",
@@ -141,18 +147,10 @@ def command_line(config, store, *more):
     ]  # fmt: skip
 
 
-def start(cluster, command):
-    """Start a command in the cluster's environment; return its process."""
-    return subprocess.Popen(
-        command, cwd=REPOSITORY, env=os.environ | cluster.environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
 def submit(cluster, command):
     """Run a command by `ray job submit`, on the head; return its exit status and what was told."""
     job = [RAY, "job", "submit", "--address", cluster.dashboard, "--", "env", "-C", str(REPOSITORY)]
-    process = start(cluster, [*job, *command])
+    process = cluster.run([*job, *command], REPOSITORY)
     out, err = process.communicate(timeout=200)
     return process.returncode, out + err
 
@@ -215,7 +213,7 @@ def test_local_store_that_a_node_does_not_see_is_one_line(cluster, config, hidde
     if hidden is None:
         pytest.skip("no folder can be hidden from a process here: that takes root")
     command = command_line(config, "none", "--set", f"store={hidden}")
-    process = start(cluster, command)
+    process = cluster.run(command, REPOSITORY)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 1, err
     (line,) = err.splitlines()
@@ -242,7 +240,7 @@ def test_submitted_job_that_fails_says_so(cluster, config):
 
 
 def test_workers_killed_while_embedding_and_while_building(cluster, server, config, expected):
-    process = start(cluster, command_line(config, "killed"))
+    process = cluster.run(command_line(config, "killed"), REPOSITORY)
     first, second = cluster.workers
 
     def replace():
@@ -263,7 +261,8 @@ def test_workers_killed_while_embedding_and_while_building(cluster, server, conf
 def start_work(cluster, host, mark):
     """Start `WORK` on a machine that is there or will be."""
     address = f"s3://{BUCKET}/catalog/catalog.parquet"
-    return start(cluster, [sys.executable, "-c", WORK, host, address, str(mark)])
+    command = [sys.executable, "-c", WORK, host, address, str(mark)]
+    return cluster.run(command, REPOSITORY)
 
 
 def test_machine_that_joined_later_is_missed(cluster, tmp_path):
@@ -299,7 +298,7 @@ def test_node_that_the_store_does_not_answer_gets_no_more_work(cluster, server, 
     with FaultProxy(server.port) as proxy:
         cut = cluster.add(AWS_ENDPOINT_URL=proxy.endpoint)
         cluster.wait()
-        process = start(cluster, command_line(config, "cut"))
+        process = cluster.run(command_line(config, "cut"), REPOSITORY)
         steps = (lambda: embedding(server, "cut") and cached(cut), proxy.down)
         assert act(process, steps), process.communicate(timeout=100)[1][-3000:]
         _, err = process.communicate(timeout=200)

@@ -17,6 +17,7 @@ from conftest import TINY_TOWERS
 from PIL import Image
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from ray.cluster_utils import Cluster
+from ray.data import DataContext
 
 from jobs import embed, embed_actors
 from jobs.cluster import HEAD_ENVIRONMENT, WORKER_ENVIRONMENT, connect, ray_session
@@ -237,6 +238,7 @@ def test_files_and_what_a_kill_costs_stay_small_where_pieces_are_large(
     monkeypatch.setattr(embed, "MAX_PIECES", 2)
     write_photos(tmp_path / "catalog.parquet", 300)
     told = []
+    settings = DataContext.get_current().target_max_block_size
     with ray_session(RayConfig(object_store_mb=100)):
         catalog = tmp_path / "catalog.parquet"
         task, diff = make_stage(
@@ -248,6 +250,7 @@ def test_files_and_what_a_kill_costs_stay_small_where_pieces_are_large(
     sizes = sorted(pq.ParquetFile(file).metadata.num_rows for file in files)
     assert sizes == [22, 42, 44, 64, 64, 64]  # pieces of 150 and 106 rows of a unit, 44 of another
     assert np.diff([0, *told]).max() == 64  # each is known to the driver as soon as it is there
+    assert DataContext.get_current().target_max_block_size == settings  # whoever else uses it
 
 
 def test_stage_waits_for_a_gpu_and_says_so(no_ray, large_towers, tmp_path, caplog):
@@ -365,11 +368,11 @@ def test_pieces_get_smaller_so_that_all_actors_end_together(rows, count, wanted)
 def test_actor_asks_for_what_is_configured():
     assert Actors(gpus=0.5, cpus=0, memory_mb=2).options == {"num_gpus": 0.5, "memory": 2 * 2**20}
     assert Actors(gpus=0, cpus=4, memory_mb=0, share=0.75).options == {"num_cpus": 3.0}
+    with pytest.raises(ValueError, match="less than or equal to 1"):
+        EmbedConfig(gpus_per_actor=2)
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 3, 7, 64, 192])
 def test_actors_leave_room_for_a_task_beside_them_and_not_for_another_actor(cpus):
     taken = cpus * round(10_000 * actor_share(cpus)) / 10_000  # as Ray counts
     assert SIDE_SLOTS <= cpus - taken < actor_share(cpus)
-    with pytest.raises(ValueError, match="less than or equal to 1"):
-        EmbedConfig(gpus_per_actor=2)

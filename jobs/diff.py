@@ -254,13 +254,14 @@ def compare_with_store(
         todo=todo,
         removed=[call[1] for call in calls],
         version=version,
-        up_to_date=parent is not None and _is_up_to_date(counts, parent),
+        up_to_date=parent is not None and _is_up_to_date(counts, plan.rows, parent),
     )
 
 
-def _is_up_to_date(counts: Counts, parent: Release) -> bool:
+def _is_up_to_date(counts: Counts, rows: int, parent: Release) -> bool:
     waiting = counts.new + counts.changed + counts.retried + counts.removed
-    same = counts.live == counts.released == parent.vectors
+    # Rows too: those that a run rejected and did not publish must come before the gate again.
+    same = counts.live == counts.released == parent.vectors and rows == parent.rows
     return same and not waiting and not counts.metadata_changed
 
 

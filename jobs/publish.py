@@ -32,7 +32,7 @@ class RunResult:
     """What a refresh or a reindex did. Counts are rows (product images), but for `products`.
 
     Attributes:
-        release: The newest release after the run.
+        release: The newest release after the run; 0: none was published yet.
         published: Whether this run published it.
         candidate: Name of the index version that was built and not published; else empty.
     """

@@ -29,7 +29,8 @@ def refresh(config: JobConfig, progress: Progress, *, publish: bool = True) -> R
             stays: the next refresh publishes it without embedding it again.
 
     Returns:
-        What was done; `published` is false where the newest release already shows the catalog.
+        What was done; `published` is false, too, where the newest release already shows the
+        catalog.
 
     Raises:
         JobError: See `jobs.errors`; what was embedded stays for the next run.

@@ -26,7 +26,7 @@ def reindex(config: JobConfig, progress: Progress, *, publish: bool = True) -> R
     Args:
         config: The job.
         progress: Shows what happens.
-        publish: Whether to publish; else the index version is left for `evaluate --candidate`.
+        publish: Whether to publish; else the index version is left for `evaluate` and `demo`.
 
     Raises:
         JobError: See `jobs.errors`; there is no release yet.

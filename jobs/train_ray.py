@@ -32,6 +32,7 @@ from jobs.train_loop import HISTORY_FILE, TrainTask, train_loop
 # machine nothing goes away, and what fails once fails again.
 MOST_FAILURES = 3
 POLL_S = 0.5
+END_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def fit(
         found = f"{gpus} GPUs" if gpus else f"{cpus} CPUs"
         raise ConfigError(f"train.workers is {workers}, this machine has {found}")
     threads = max(1, cpus // workers)
-    steps = Queue(actor_options={"num_cpus": 0, "label_selector": on_workers()})
+    again = {"max_restarts": -1, "max_task_retries": -1}  # what was on its way to be shown is lost
+    steps = Queue(actor_options={"num_cpus": 0, "label_selector": on_workers(), **again})
     place = (start_folder(name), start)
     task = _WorkerTask(section, config.images, run.store, place, gpus > 0, threads, steps)
     path, filesystem = _storage(run.store)
@@ -112,7 +114,7 @@ def fit(
         ):
             result = _fit(trainer)
     finally:
-        steps.shutdown()
+        steps.shutdown(force=True)
         if handler is not None:  # Ray Train leaves its own behind
             signal.signal(signal.SIGINT, handler)
     if result.checkpoint is None:
@@ -197,7 +199,7 @@ def _watch(
         yield
     finally:
         over.set()
-        thread.join()
+        thread.join(END_S)  # while no machine has room for the queue, it would wait for that
 
 
 def _cause(error: BaseException) -> BaseException:

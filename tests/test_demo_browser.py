@@ -18,7 +18,10 @@ from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.ui import WebDriverWait
 
 from jobs.config_file import read_config
+from jobs.errors import GateError
 from jobs.evaluate import evaluate
+from jobs.refresh import refresh
+from jobs.reindex import reindex
 from jobs.train import train
 
 KEPT = PRODUCTS - CHANGED
@@ -42,12 +45,14 @@ for (const e of document.querySelectorAll("body *")) {
   const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
   const unseen = ["SCRIPT", "NOSCRIPT", "OPTION"].includes(e.tagName) || !e.checkVisibility();
   if (!own || unseen) continue;
-  const [a, b] = [light(rgb(getComputedStyle(e).color)), light(ground(e))];
+  const style = getComputedStyle(e);
+  const [a, b] = [light(rgb(e instanceof SVGElement ? style.fill : style.color)), light(ground(e))];
   const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
   if (ratio < arguments[0]) low.push([e.tagName, e.className, e.textContent.slice(0, 30), ratio]);
 }
 return low;
 """
+OPEN_ALL = "for (const one of document.querySelectorAll('details')) one.open = true"
 WIDTHS = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
 PRODUCTS_SHOWN = """
 return [...document.querySelectorAll("#results ol")].map(
@@ -490,15 +495,27 @@ def test_a_server_that_is_gone_is_told(driver, demo_shop):
 
 @pytest.fixture(scope="module")
 def reports(demo_shop, tmp_path_factory):
-    """A report of each kind, by its command."""
+    """Reports of each command, of a run with nothing to do, and of one that the gate stopped."""
+    folder = tmp_path_factory.mktemp("reports")
+    shutil.copytree(demo_shop.folder / "store", folder / "store")
+
+    def read(name, *more):
+        return read_config(demo_shop.folder / name, [f"store={folder / 'store'}", *more])
+
     queries = f"evaluate.queries={demo_shop.catalog / 'queries.parquet'}"
-    evaluate(read_config(demo_shop.config, [queries]), QUIET)
-    few = read_config(demo_shop.folder / "start.yaml", ["train.steps=4", "train.validate_every=2"])
-    train(few, tmp_path_factory.mktemp("trained") / "encoder", QUIET)
-    runs = sorted((demo_shop.folder / "store" / "runs").glob("*/log.jsonl"))
-    commands = {json.loads(log.read_text().partition("\n")[0])["command"]: log for log in runs}
+    evaluate(read("job.yaml", queries), QUIET)
+    train(read("start.yaml", "train.steps=4", "train.validate_every=2"), folder / "encoder", QUIET)
+    refresh(read("job.yaml"), QUIET)
+    with pytest.raises(GateError):
+        reindex(read("start.yaml", queries, "gate.min_recall_at_10=1"), QUIET)
+    logs = sorted((folder / "store" / "runs").glob("*/log.jsonl"))
+    commands = [json.loads(log.read_text().partition("\n")[0])["command"] for log in logs]
     assert set(commands) == {"refresh", "reindex", "evaluate", "train"}
-    return [log.with_name("report.html") for log in commands.values()]
+    found = [log.with_name("report.html") for log in logs]
+    texts = "".join(report.read_text(encoding="utf-8") for report in found)
+    assert "Nothing to do" in texts
+    assert "Nothing published." in texts
+    return found
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -507,6 +524,7 @@ def test_reports_can_be_read_in_either_scheme_and_on_a_phone(driver, reports, sc
         found = Browser(driver, report.as_uri())
         found.emulate(width=1280, scheme=scheme)
         driver.get(found.address)
+        driver.execute_script(OPEN_ALL)
         assert driver.execute_script(CONTRAST, LEAST_CONTRAST) == [], report
         ground = driver.find_element(By.TAG_NAME, "body").value_of_css_property("background-color")
         is_dark = sum(map(int, re.findall(r"\d+", ground)[:3])) < 3 * 128

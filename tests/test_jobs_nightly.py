@@ -290,6 +290,20 @@ def test_gates(shop, rows):
     assert shop.refresh(gate={"min_overlap_at_10": 0.0}).release == 2
 
 
+def test_a_night_of_rejects_alone_comes_before_the_gate_again_and_is_published(shop, rows):
+    broken = shop.folder / "broken.jpg"
+    broken.write_bytes(b"no picture")
+    shop.write([*rows, rows[0] | {"product_id": "broken", "image_uri": str(broken)}])
+    for _ in range(2):  # then nothing is left to embed
+        assert "gate.max_reject_share" in stopped(shop, gate={"max_reject_share": 0})
+    published = shop.refresh()
+    assert (published.release, published.embedded, published.rejected) == (2, 0, 1)
+    assert not shop.refresh().published
+    shop.write(rows)  # and a night without them
+    assert shop.refresh().rejected == 0
+    assert not shop.refresh().published
+
+
 def test_two_refreshes_at_once_one_wins(shop, rows):
     shop.write(change(rows, 7))
     config = shop.folder / "job.yaml"

@@ -135,7 +135,10 @@ def cluster(server, hidden):
 
 @pytest.fixture(autouse=True)
 def no_command_left(cluster):
-    """A run that did not end in time would meddle with the next test's machines."""
+    """A run that did not end in time would meddle with the next test's machines.
+
+    What was submitted goes on: its process here only follows it.
+    """
     yield
     cluster.end_commands()
 

@@ -40,7 +40,7 @@ bench-refresh: .venv/installed  ## Measure a nightly refresh beside the first bu
 bench-embed: .venv/installed  ## Measure embedding beside its parts, a hand-written loop and clip-retrieval: forty-five minutes.
 	$(BIN)/python benchmarks/embed.py --batches 64 --precisions bf16 --workers 2 --sides 512 1024 2048 --contenders forward decode loader stage clip-retrieval --json benchmarks/results/embed/vit-b-32.json
 	$(BIN)/python benchmarks/embed.py --contenders forward loader stage --repeats 1 --json benchmarks/results/embed/batches.json
-	$(BIN)/python benchmarks/embed.py --images 4800 --batches 64 --precisions bf16 --workers 2 --contenders forward loader stage --repeats 5 --forward-s 20 --json benchmarks/results/embed/long.json
+	$(BIN)/python benchmarks/embed.py --images 4800 --batches 64 --precisions bf16 --workers 2 --contenders forward loader stage --repeats 3 --forward-s 20 --json benchmarks/results/embed/long.json
 
 bench-index: .venv/installed  ## Measure indexes beside plain FAISS and autofaiss: an hour.
 	$(BIN)/python benchmarks/index.py compare mnist --json benchmarks/results/index/mnist.json

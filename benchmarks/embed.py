@@ -198,7 +198,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--sides", type=int, nargs="*", default=[256, 512, 1024, 2048], help="px, of decode"
     )
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 64, 128])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument(
         "--precisions", choices=("fp32", "bf16"), nargs="+", default=["fp32", "bf16"]
     )

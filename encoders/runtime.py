@@ -22,7 +22,7 @@ BoolArray = npt.NDArray[np.bool_]
 _ROUNDED = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 _BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")  # the last is ARM's
 _GPU_BATCH_ROWS = 256
-_CPU_BATCH_ROWS = 16  # a thread; 64 took 1 to 6 % more time a picture, in more memory
+_CPU_BATCH_ROWS = 16  # a thread; more take memory and gain nothing (docs/performance.md)
 
 
 class Runtime:

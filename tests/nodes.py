@@ -15,6 +15,7 @@ from pathlib import Path
 
 from s3_server import free_ports
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 MARK = "VITRINE_TEST_NODE"
 DEPTH = 8  # of the tree of a node's processes
 START_TIMEOUT_S = 60.0
@@ -160,10 +161,10 @@ class Cluster:
         del ours["RAY_ADDRESS"]  # `ray start` refuses it
         return Node(folder, host, arguments, ours, hidden)
 
-    def run(self, command, cwd):
-        """Start a command that uses the cluster; return its process."""
+    def run(self, command):
+        """Start a command that uses the cluster, in the repository; return its process."""
         process = subprocess.Popen(
-            command, cwd=cwd, env=os.environ | self.environment, text=True,
+            command, cwd=REPOSITORY, env=os.environ | self.environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         self.commands.append(process)

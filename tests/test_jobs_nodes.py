@@ -14,12 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from fault_proxy import FaultProxy
 from index_codes import codes_by_id
-from nodes import RAY, Cluster, can_hide
+from nodes import RAY, REPOSITORY, Cluster, can_hide
 from s3_server import BUCKET, S3Server
 
 from jobs.storage import PATIENCE_VARIABLE
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 PRODUCTS = 80
 PATIENCE_S = 5
 SLOW_TOWERS = {  # some 20 ms an image on one core, so that what happens meets the embedding
@@ -153,7 +152,7 @@ def command_line(config, store, *more):
 def submit(cluster, command):
     """Run a command by `ray job submit`, on the head; return its exit status and what was told."""
     job = [RAY, "job", "submit", "--address", cluster.dashboard, "--", "env", "-C", str(REPOSITORY)]
-    process = cluster.run([*job, *command], REPOSITORY)
+    process = cluster.run([*job, *command])
     out, err = process.communicate(timeout=200)
     return process.returncode, out + err
 
@@ -216,7 +215,7 @@ def test_local_store_that_a_node_does_not_see_is_one_line(cluster, config, hidde
     if hidden is None:
         pytest.skip("no folder can be hidden from a process here: that takes root")
     command = command_line(config, "none", "--set", f"store={hidden}")
-    process = cluster.run(command, REPOSITORY)
+    process = cluster.run(command)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 1, err
     (line,) = err.splitlines()
@@ -243,7 +242,7 @@ def test_submitted_job_that_fails_says_so(cluster, config):
 
 
 def test_workers_killed_while_embedding_and_while_building(cluster, server, config, expected):
-    process = cluster.run(command_line(config, "killed"), REPOSITORY)
+    process = cluster.run(command_line(config, "killed"))
     first, second = cluster.workers
 
     def replace():
@@ -264,8 +263,7 @@ def test_workers_killed_while_embedding_and_while_building(cluster, server, conf
 def start_work(cluster, host, mark):
     """Start `WORK` on a machine that is there or will be."""
     address = f"s3://{BUCKET}/catalog/catalog.parquet"
-    command = [sys.executable, "-c", WORK, host, address, str(mark)]
-    return cluster.run(command, REPOSITORY)
+    return cluster.run([sys.executable, "-c", WORK, host, address, str(mark)])
 
 
 def test_machine_that_joined_later_is_missed(cluster, tmp_path):
@@ -301,7 +299,7 @@ def test_node_that_the_store_does_not_answer_gets_no_more_work(cluster, server, 
     with FaultProxy(server.port) as proxy:
         cut = cluster.add(AWS_ENDPOINT_URL=proxy.endpoint)
         cluster.wait()
-        process = cluster.run(command_line(config, "cut"), REPOSITORY)
+        process = cluster.run(command_line(config, "cut"))
         steps = (lambda: embedding(server, "cut") and cached(cut), proxy.down)
         assert act(process, steps), process.communicate(timeout=100)[1][-3000:]
         _, err = process.communicate(timeout=200)
